@@ -1,0 +1,168 @@
+"""Files that appear whole or not at all, their sha256, and the record of what made them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import distill
+from distill.errors import InputError, describe_os_error
+
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed over `path`.
+
+    On any error the temporary file is removed and `path` is untouched. An OSError (disk full, no
+    permission) becomes an InputError that names `path`.
+    """
+    target = Path(path)
+    temporary = _temporary_beside(target)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files
+        _fsync(temporary)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {describe_os_error(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Like `atomic_file` for a folder (a package): the old one stays until the new one is complete."""
+    target = Path(path)
+    temporary = _temporary_beside(target)
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        if target.is_symlink() or target.is_file():
+            raise InputError(f"cannot write {target}: a file of that name is in the way")
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        _fsync(target.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {describe_os_error(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write UTF-8 text atomically; returns the path."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write indented JSON atomically; NaN and infinities are an error, since JSON has none."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; a missing or malformed one is an InputError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {describe_os_error(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {describe_os_error(error)}") from error
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted, compact JSON: one text for one value, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def provenance(config: Mapping[str, Any], inputs: Mapping[str, str | os.PathLike[str]]) -> dict[str, Any]:
+    """What made a file: configuration, code version and the sha256 of every input file.
+
+    Holds nothing that varies between two runs on the same inputs (no times, no host names).
+    """
+    return {
+        "made_by": f"distill {distill.__version__}",
+        "code": code_version(),
+        "config": dict(config),
+        "inputs": {name: {"file": Path(path).name, "sha256": sha256_file(path)} for name, path in inputs.items()},
+    }
+
+
+@cache
+def code_version() -> str:
+    """`git describe` of the checkout that this package runs from, else the package version."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return distill.__version__
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return distill.__version__
+    return out.stdout.strip()
+
+
+def _temporary_beside(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {describe_os_error(error)}") from error
+    handle = tempfile.mktemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    return Path(handle)
+
+
+@cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,173 @@
+"""The student's chat and tool-call template: ChatML turns, calls as <tool_call>{json}</tool_call>.
+
+`segments` is the one renderer: a list of pieces, each either context or something the student learns to write.
+Text and token ids both come from it, piece by piece, so that training sees exactly the ids that inference feeds.
+`JINJA` is the same template for runners that render with Jinja; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from distill.artifacts import sha256_text
+from distill.errors import InputError
+from distill.tokenizer import CALL_END, CALL_START, END_OF_TEXT, TURN_END, TURN_START, Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+_CONTROL = re.compile("|".join(re.escape(token) for token in (END_OF_TEXT, TURN_START, TURN_END)))
+_CALL = re.compile(re.escape(CALL_START) + r"(.*?)" + re.escape(CALL_END), re.DOTALL)
+_TOOLS_HEAD = "Functions you can call, one JSON schema a line:\n"
+_TOOLS_TAIL = f'\nTo call one, write {CALL_START}{{"name": ..., "arguments": {{...}}}}{CALL_END}.'
+
+JINJA = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}"
+    "{{- " + json.dumps(_TOOLS_HEAD) + " }}"
+    "{%- for tool in tools %}{{- (tool.function if tool.function is defined else tool) | tojson }}"
+    "{%- if not loop.last %}{{- '\\n' }}{%- endif %}{%- endfor %}"
+    "{{- " + json.dumps(_TOOLS_TAIL) + " + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if not (tools and loop.first and message.role == 'system') %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
+    "{%- for call in message.tool_calls or [] %}"
+    "{%- set f = call.function if call.function is defined else call %}"
+    '{{- \'<tool_call>{"name": \' + (f.name | tojson) + \', "arguments": \' }}'
+    "{{- (f.arguments if f.arguments is string else (f.arguments | tojson)) + '}</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call as a value: the function's name and its JSON arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One turn."""
+
+    role: str
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a {self.role} turn cannot call tools")
+
+
+class Segment(NamedTuple):
+    """A piece of rendered text; `target` where the student learns to write it."""
+
+    text: str
+    target: bool
+
+
+class Encoded(NamedTuple):
+    """Token ids and, aligned with them, 1 where the token is a target."""
+
+    ids: list[int]
+    target: list[int]
+
+
+class Parsed(NamedTuple):
+    """An assistant's text taken apart: what is outside calls, well-formed calls, and raw text of the others."""
+
+    content: str
+    calls: list[ToolCall]
+    malformed: list[str]
+
+
+def call_text(call: ToolCall) -> str:
+    """`<tool_call>{"name": ..., "arguments": ...}</tool_call>`, the one form that the student writes."""
+    return f"{CALL_START}{_json({'name': call.name, 'arguments': call.arguments})}{CALL_END}"
+
+
+def segments(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = False
+) -> list[Segment]:
+    """Render a conversation. InputError if a message holds a control token (prompt injection)."""
+    out: list[Segment] = []
+    for index, message in enumerate(messages):
+        if found := _CONTROL.search(message.content):
+            raise InputError(f"message {index} ({message.role}) contains the control token {found.group()}")
+    if tools:
+        system = messages[0].content + "\n\n" if messages and messages[0].role == "system" else ""
+        listing = "\n".join(_json(tool.get("function", tool)) for tool in tools)
+        out.append(Segment(f"{TURN_START}system\n{system}{_TOOLS_HEAD}{listing}{_TOOLS_TAIL}{TURN_END}\n", False))
+    for index, message in enumerate(messages):
+        if tools and index == 0 and message.role == "system":
+            continue
+        body = message.content + "".join(call_text(call) for call in message.tool_calls) + TURN_END
+        if message.role == "assistant":
+            out += [Segment(f"{TURN_START}assistant\n", False), Segment(body, True), Segment("\n", False)]
+        else:
+            out.append(Segment(f"{TURN_START}{message.role}\n{body}\n", False))
+    if add_generation_prompt:
+        out.append(Segment(f"{TURN_START}assistant\n", False))
+    return out
+
+
+def render(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as text."""
+    return "".join(s.text for s in segments(messages, tools, add_generation_prompt=add_generation_prompt))
+
+
+def encode(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+    *,
+    add_generation_prompt: bool = False,
+) -> Encoded:
+    """The conversation as ids. Each piece is tokenised on its own, so a target's ids never depend on what follows."""
+    ids: list[int] = []
+    target: list[int] = []
+    for segment in segments(messages, tools, add_generation_prompt=add_generation_prompt):
+        piece = tokenizer.encode(segment.text)
+        ids += piece
+        target += [int(segment.target)] * len(piece)
+    return Encoded(ids, target)
+
+
+def parse(text: str) -> Parsed:
+    """Take an assistant's text apart. Nothing is repaired: a call that is not exactly the template's is malformed."""
+    text = text.split(TURN_END)[0].split(END_OF_TEXT)[0]
+    calls: list[ToolCall] = []
+    malformed: list[str] = []
+    for match in _CALL.finditer(text):
+        try:
+            calls.append(msgspec.json.decode(match.group(1), type=_StrictCall).plain())
+        except msgspec.DecodeError:
+            malformed.append(match.group(0))
+    rest = _CALL.sub("", text)
+    if CALL_START in rest or CALL_END in rest:
+        malformed.append(rest)
+    return Parsed(rest.strip(), calls, malformed)
+
+
+def template_sha256() -> str:
+    """Fingerprint of the template."""
+    return sha256_text(JINJA)
+
+
+class _StrictCall(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: dict[str, Any]
+
+    def plain(self) -> ToolCall:
+        return ToolCall(self.name, self.arguments)
+
+
+def _json(value: Any) -> str:
+    """JSON with Python's default separators and key order kept: what Jinja's `tojson` writes in transformers."""
+    return json.dumps(value, ensure_ascii=False)

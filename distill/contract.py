@@ -1,0 +1,97 @@
+"""The contract: what an exported program or a Core ML package promises, as JSON beside it (and inside a package).
+
+Written by distill/export/pytorch.py for an export and by distill/convert/coreml.py for a package; read by both and by
+every verification. Nothing else decides names, shapes or tolerances.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from distill.artifacts import read_json
+from distill.errors import InputError
+from distill.model import ModelConfig
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """An input, output or state."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    """int32, float16 or float32."""
+
+
+class FileRef(msgspec.Struct, frozen=True):
+    """A file beside the contract, and its fingerprint."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class ShapeValidation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the exported program of one shape compared with the training model, in fp32."""
+
+    status: Literal["pass", "fail"]
+    max_abs_err: float
+    tolerance: float
+    reason: str | None = None
+
+
+class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One exported program (schema distill-export/1) or package (distill-package/1)."""
+
+    schema: Literal["distill-export/1", "distill-package/1"]
+    name: str
+    mode: Literal["prefill", "decode", "block"]
+    file: FileRef | None
+    """The exported program; for a package: its weight.bin."""
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    states: list[TensorSpec]
+    enumerated_T: list[int]
+    """All sequence lengths of the export; a package lists its own."""
+    shape_validation: dict[str, ShapeValidation]
+    """Keyed by sequence length."""
+    model_config: ModelConfig
+    kv_layout: str | None
+    rope: str
+    mask: str
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    weights_sha256: str
+    """Over the training weights, by name."""
+    sidecar: dict[str, FileRef]
+    """goldens, evaluation, tokenizer, chat_template."""
+    probes: dict[str, str]
+    """Twin module -> name of its value in the program; empty in an export."""
+    made_by: dict[str, Any]
+    versions: dict[str, str]
+
+    def sequence(self) -> int:
+        """Tokens per call: T of a prefill, 1 of a decode."""
+        return self.inputs[0].shape[-1]
+
+
+def read_contract(path: str | Path) -> Contract:
+    """Read a contract; InputError names the file and the field that is wrong."""
+    return parse_contract(read_json(path), str(path))
+
+
+def parse_contract(data: Any, source: str) -> Contract:
+    """A contract from plain JSON values."""
+    try:
+        return msgspec.convert(data, Contract)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise InputError(f"{source}: not a contract: {error}") from error
+
+
+def sidecar_path(folder: Path, ref: FileRef) -> Path:
+    """A sidecar file's path, refusing a name that leaves the folder."""
+    if Path(ref.name).name != ref.name or ref.name in ("", ".", ".."):
+        raise InputError(f"{folder}: the contract names a file outside its folder: {ref.name!r}")
+    return folder / ref.name

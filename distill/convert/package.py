@@ -1,0 +1,120 @@
+"""A Core ML package on disk with its contract: written whole, deterministic, self-describing.
+
+`X.mlpackage` carries its contract (and the sha256 of weight.bin and of every sidecar file) in its user-defined
+metadata; `X.contract/` beside it holds contract.json, the tokenizer, the chat template, goldens and evaluation prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distill.artifacts import atomic_dir, canonical_json, sha256_file
+from distill.contract import Contract, FileRef, sidecar_path
+from distill.errors import InputError, PackageError
+
+CONTRACT_KEY = "distill.contract"
+SPEC_FILE = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"
+PLACEHOLDER = "PLACEHOLDER"
+_VOLATILE_METADATA = ("com.github.apple.coremltools.conversion_date",)
+_UUID_SPACE = uuid.UUID("6f1a2c0e-6d0f-5e3c-9d6a-4a7f3f1b8f10")
+
+
+def sidecar_folder(package: Path) -> Path:
+    """`X.contract` for `X.mlpackage`."""
+    return package.with_suffix(".contract")
+
+
+def save_package(
+    model: Any, out: Path, contract: Contract | None, sidecar_from: Path | None
+) -> Contract | None:
+    """Write `out` and, where there is a contract, its sidecar from the files beside the export in `sidecar_from`.
+
+    Returns the package's contract, with the fingerprint of weight.bin. Both folders appear whole or not at all.
+    """
+    if out.suffix != ".mlpackage":
+        raise InputError(f"--out {out}: a Core ML package's name ends in .mlpackage")
+    with atomic_dir(out) as temporary:
+        _save_model(model, temporary)
+        weights = temporary / WEIGHT_FILE
+        if contract is not None and sidecar_from is not None:
+            ref = FileRef("weights/weight.bin", sha256_file(weights), weights.stat().st_size) if weights.is_file() else None  # fmt: skip
+            refs = {role: msgspec.structs.replace(ref_, name=_SIDECAR_NAMES[role]) for role, ref_ in contract.sidecar.items()}  # fmt: skip
+            contract_out = msgspec.structs.replace(contract, schema="distill-package/1", name=out.stem, file=ref, sidecar=refs)  # fmt: skip
+            _write_sidecar(sidecar_folder(out), contract, contract_out, sidecar_from)
+            contract = contract_out
+        _finish_spec(temporary / SPEC_FILE, contract)
+        _fix_manifest(temporary / "Manifest.json")
+    return contract
+
+
+_SIDECAR_NAMES = {
+    "goldens": "goldens.safetensors",
+    "evaluation": "evaluation.json",
+    "tokenizer": "tokenizer.json",
+    "chat_template": "chat_template.jinja",
+}
+
+
+def save_placeholder(out: Path, reason: str) -> None:
+    """A package-shaped folder that says why it is not a package."""
+    with atomic_dir(out) as temporary:
+        (temporary / PLACEHOLDER).write_text(reason + "\n")
+
+
+def refuse_placeholder(package: Path) -> None:
+    """PackageError if `package` is missing or a placeholder."""
+    if not package.is_dir():
+        raise PackageError(f"{package}: no such package")
+    mark = package / PLACEHOLDER
+    if mark.is_file():
+        raise PackageError(
+            f"{package} is a placeholder package, nothing in it can run: {mark.read_text().strip()}"
+        )
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    """MLModel.save insists on the .mlpackage suffix, so it writes inside and is moved up."""
+    inner = folder / "inner.mlpackage"
+    model.save(str(inner))
+    for part in inner.iterdir():
+        shutil.move(str(part), folder / part.name)
+    inner.rmdir()
+
+
+def _finish_spec(path: Path, contract: Contract | None) -> None:
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    spec.ParseFromString(path.read_bytes())
+    metadata = spec.description.metadata.userDefined
+    for key in _VOLATILE_METADATA:
+        metadata.pop(key, None)
+    if contract is not None:
+        metadata[CONTRACT_KEY] = canonical_json(msgspec.to_builtins(contract))
+    path.write_bytes(spec.SerializeToString(deterministic=True))
+
+
+def _fix_manifest(path: Path) -> None:
+    """Replace the random identifiers of Manifest.json by ones derived from each item's path."""
+    manifest = json.loads(path.read_text())
+    renamed = {old: str(uuid.uuid5(_UUID_SPACE, item["path"])).upper() for old, item in manifest["itemInfoEntries"].items()}  # fmt: skip
+    manifest["itemInfoEntries"] = {renamed[old]: item for old, item in manifest["itemInfoEntries"].items()}
+    manifest["rootModelIdentifier"] = renamed[manifest["rootModelIdentifier"]]
+    path.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+
+
+def _write_sidecar(folder: Path, exported: Contract, package: Contract, source: Path) -> None:
+    with atomic_dir(folder) as temporary:
+        for role, ref in exported.sidecar.items():
+            origin = sidecar_path(source, ref)
+            if sha256_file(origin) != ref.sha256:
+                raise InputError(f"{origin}: does not match the sha256 in its contract")
+            shutil.copyfile(origin, temporary / package.sidecar[role].name)
+        (temporary / "contract.json").write_text(json.dumps(msgspec.to_builtins(package), indent=2) + "\n")

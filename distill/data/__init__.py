@@ -1,0 +1,1 @@
+"""Datasets: records, teacher distributions, toy sets, generation, validation."""

@@ -1,0 +1,116 @@
+"""The exception tree. `main()` of every stage turns these into one line and an exit code.
+
+    DistillError               1   a check failed or a stage could not finish
+      InputError               2   bad input or configuration: names the file, key or flag
+        ConfigError            2   a YAML key or value
+        PackageError           2   a Core ML package that is malformed, truncated or hostile
+        DatasetError           2   a dataset, with file and line
+        CheckpointError        2   a checkpoint or exported program
+        UnsupportedOpError     2   an operator without an implementation, with its nearest kin
+      Paused                  75   stopped early, can be resumed
+    Skipped                    -   not an error: a check that this machine cannot make, with its reason
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class DistillError(Exception):
+    """Base of everything this project raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(DistillError):
+    """Bad input or configuration. The message is one line that names the thing."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration file, key or value that cannot be used."""
+
+
+class PackageError(InputError):
+    """A Core ML package that is malformed, truncated, hostile or a placeholder."""
+
+
+class DatasetError(InputError):
+    """A dataset that breaks its schema; the message names file and line."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint, Hugging Face folder or exported program that cannot be used."""
+
+
+class UnsupportedOpError(InputError):
+    """Operators that no handler exists for."""
+
+    def __init__(self, what: str, missing: Iterable[str], known: Iterable[str]) -> None:
+        names = sorted(set(missing))
+        self.missing = names
+        known = sorted(known)
+        parts = []
+        for name in names:
+            kin = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            parts.append(f"{name} (nearest known: {', '.join(kin)})" if kin else name)
+        super().__init__(f"{what}: no implementation of {'; '.join(parts)}")
+
+
+class Paused(DistillError):
+    """The work stopped early and nothing is lost; running the same command again resumes it."""
+
+    exit_code = 75
+
+
+class Skipped(Exception):
+    """A check that cannot be made here. Never counted as passed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def stage_main(body: Callable[..., int]) -> Callable[..., int]:
+    """Turn a stage's `body(argv) -> int` into its `main`: errors become one line on stderr and an exit code.
+
+    The only broad handler in the project. `DISTILL_DEBUG=1` lets the traceback through.
+    """
+
+    @functools.wraps(body)
+    def main(argv: list[str] | None = None) -> int:
+        if os.environ.get("DISTILL_DEBUG"):
+            return body(argv)
+        try:
+            return body(argv)
+        except DistillError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except Skipped as skipped:
+            print(f"SKIPPED: {skipped.reason}")
+            return 0
+        except BrokenPipeError:
+            # the reader of our output went away (`| head`): not our error, and nothing is left to tell it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            print(f"error: {describe_os_error(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return main
+
+
+def describe_os_error(error: OSError, path: object = None) -> str:
+    """One line for an operating-system error: the file it concerns, then what went wrong."""
+    name = error.filename or path
+    reason = "no space left on device" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    return f"{name}: {reason}" if name else reason

@@ -1,0 +1,166 @@
+"""Golden inputs with their outputs, and what greedy decoding says: the witness that travels with an export.
+
+`logits` come from the training model in fp32. `logits_half` come from the twin with every constant rounded to fp16,
+still computed in fp32: what the package must reproduce, to fp32 rounding, when its arithmetic is not rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill import chat
+from distill.artifacts import atomic_file
+from distill.export.twin import DecodeTwin, PrefillTwin, round_to_half
+from distill.model import Student
+from distill.tokenizer import Tokenizer
+from distill.tools import EvalItem
+
+_VALUES = 1 << 21
+"""Budget of logits kept per golden: 8 MiB in fp32."""
+DECODE_STEPS = 24
+
+
+def fp16_sigma(student: Student, hidden: Tensor) -> Tensor:
+    """Derived standard deviation of each logit's error when the program runs in fp16.
+
+    `hidden` [..., D] after the final norm; returns [..., 1]. Every op rounds its result: a relative error uniform in
+    [-u, u], u = 2**-11, of variance u^2/3. About 32 roundings (weights included) lie on a block's two branches and
+    residual additions, 8 before and after the blocks; taken as independent and none smaller than the stream that
+    they join, they leave the final hidden state with relative error eps = u sqrt((32 L + 8) / 3). An isotropic error
+    of that norm moves a logit by eps |h| |w_v| / sqrt(D); |w_v| is its root mean square over the vocabulary.
+    """
+    roundings = 32 * student.config.num_hidden_layers + 8
+    eps = 2.0**-11 * math.sqrt(roundings / 3)
+    row = student.lm_head.weight.float().square().sum(1).mean().sqrt()
+    return eps * hidden.float().norm(dim=-1, keepdim=True) * row / math.sqrt(student.config.hidden_size)
+
+
+def tolerance_factor(vocab_size: int) -> float:
+    """Sigmas that the largest of V independent Gaussian errors stays below, sqrt(2 ln V), with a margin of 1.5."""
+    return 1.5 * math.sqrt(2 * math.log(max(vocab_size, 2)))
+
+
+class Greedy(NamedTuple):
+    """Greedy continuation of a prompt and how sure the model was of each token."""
+
+    tokens: list[int]
+    margins: list[float]
+    """Best logit minus second best, at each token (the stop token's included)."""
+    tolerance: list[float]
+    """Derived fp16 error of the logits there."""
+
+
+@torch.no_grad()
+def greedy(student: Student, tokenizer: Tokenizer, prompt_ids: list[int], max_new_tokens: int) -> Greedy:
+    """Greedy decoding with the training model; tokens end with the stop token where one came."""
+    tokens = student.generate(prompt_ids, max_new_tokens, tokenizer.stop_ids)
+    ids = torch.tensor([prompt_ids + tokens])
+    hidden = student.hidden(ids)[0, len(prompt_ids) - 1 :]
+    logits = student.lm_head(hidden)
+    if len(tokens) < max_new_tokens:
+        tokens.append(int(logits[-1].argmax()))
+    n = len(tokens)
+    best = logits[:n].float().topk(2, dim=-1).values
+    sigma = fp16_sigma(student, hidden[:n])[:, 0] * tolerance_factor(student.config.vocab_size)
+    return Greedy(tokens, (best[:, 0] - best[:, 1]).tolist(), sigma.tolist())
+
+
+def evaluation(student: Student, tokenizer: Tokenizer, items: Sequence[EvalItem], seq: int) -> dict[str, Any]:
+    """The evaluation sidecar: prompts, targets and PyTorch's greedy tokens, for every item that fits `seq` tokens."""
+    rows: list[dict[str, Any]] = []
+    too_long = 0
+    for item in items:
+        prompt_ids = chat.encode(tokenizer, item.messages, item.tools, add_generation_prompt=True).ids
+        room = min(item.max_new_tokens, seq - len(prompt_ids))
+        if room < item.min_room:
+            too_long += 1
+            continue
+        reference = greedy(student, tokenizer, prompt_ids, room)
+        rows.append({
+            "id": item.id,
+            "prompt_ids": prompt_ids,
+            "max_new_tokens": room,
+            "gold_calls": None if item.gold_calls is None else [
+                {"name": call.name, "arguments": call.arguments} for call in item.gold_calls
+            ],
+            "gold_text": item.gold_text,
+            "greedy": reference._asdict(),
+        })  # fmt: skip
+    return {"schema": "distill-evaluation/1", "items": rows, "too_long": too_long}
+
+
+@torch.no_grad()
+def prefill_goldens(student: Student, tokenizer: Tokenizer, seq: int, prompt_ids: list[int]) -> dict[str, Tensor]:
+    """Two golden inputs (the prompt, padded, and seeded random ids) with logits at spread positions."""
+    generator = torch.Generator().manual_seed(seq)
+    ids = torch.full((2, seq), tokenizer.pad, dtype=torch.int32)
+    kept = prompt_ids[:seq]
+    ids[0, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    ids[1] = torch.randint(0, tokenizer.vocab_size, (seq,), generator=generator, dtype=torch.int32)
+    count = max(2, min(seq, _VALUES // (2 * student.config.vocab_size)))
+    positions = torch.linspace(0, seq - 1, count).round().int().unique()
+    hidden = student.hidden(ids.long())[:, positions]
+    half = round_to_half(PrefillTwin(student, seq, copy=True))
+    recorder = ProbeRecorder(half)
+    logits_half = torch.stack([half(row[None])[0, positions] for row in ids])
+    return {
+        "input_ids": ids,
+        "positions": positions,
+        "logits": student.lm_head(hidden).float(),
+        "logits_half": logits_half,
+        "fp16_sigma": fp16_sigma(student, hidden),
+    } | {f"probe.{name}": value[..., positions] for name, value in recorder.values.items() if _is_point(name)}
+
+
+@torch.no_grad()
+def decode_goldens(student: Student, tokenizer: Tokenizer, context: int, prompt_ids: list[int]) -> dict[str, Tensor]:
+    """One teacher-forced sequence fed token by token, logits at every step, and the state at the end."""
+    generator = torch.Generator().manual_seed(context)
+    n = min(DECODE_STEPS, context)
+    ids = torch.randint(0, tokenizer.vocab_size, (n,), generator=generator, dtype=torch.int32)
+    kept = prompt_ids[: n // 2]
+    ids[: len(kept)] = torch.tensor(kept, dtype=torch.int32)
+    hidden = student.hidden(ids.long()[None])[0]
+    half = round_to_half(DecodeTwin(student, context, copy=True))
+    steps = [half(ids[i].view(1, 1), torch.tensor([i], dtype=torch.int32))[0] for i in range(n)]
+    return {
+        "input_ids": ids[None],
+        "positions": torch.arange(n, dtype=torch.int32),
+        "logits": student.lm_head(hidden).float()[None],
+        "logits_half": torch.cat(steps)[None],
+        "fp16_sigma": fp16_sigma(student, hidden)[None],
+        "kv": half.kv[:, :, :n].clone(),
+    }
+
+
+class ProbeRecorder:
+    """Keeps the output of every submodule of a twin at its first call, by module path."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.values: dict[str, Tensor] = {}
+        for name, module in twin.named_modules():
+            if name:
+                module.register_forward_hook(partial(self._keep, name))
+
+    def _keep(self, name: str, _module: nn.Module, _inputs: object, out: Tensor) -> None:
+        self.values.setdefault(name, out.detach())  # returns None: a hook's value would replace the output
+
+
+def _is_point(name: str) -> bool:
+    """The named points of the contract: each block's output and the final norm."""
+    return name == "final_norm" or (name.startswith("block_") and "." not in name)
+
+
+def write_goldens(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write goldens as safetensors, whole or not at all."""
+    with atomic_file(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    return path

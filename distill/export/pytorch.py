@@ -1,0 +1,256 @@
+"""Checkpoint -> TorchScript programs of fixed shape, each with its contract, goldens and evaluation prompts.
+
+    python -m conversion.export_pytorch --checkpoint C --out D [--toy] --mode prefill|decode|both
+        --seq 64 --enumerated-T 64 128 256
+
+Writes student_prefill_T*.pt and student_decode.pt with *_contract.json, *_goldens.safetensors, *_evaluation.json,
+and tokenizer.json and chat_template.jinja once. Every program is compared with the training model before it is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from distill import chat, checkpoint
+from distill.artifacts import atomic_file, provenance, sha256_file, write_json, write_text
+from distill.contract import Contract, FileRef, ShapeValidation, TensorSpec
+from distill.errors import InputError, stage_main
+from distill.export import goldens
+from distill.export.prompts import evaluation_items
+from distill.export.twin import DecodeTwin, PrefillTwin
+from distill.model import Student
+from distill.tokenizer import Tokenizer
+from distill.versions import require_python, versions
+
+DEFAULT_CHECKPOINT = Path("models/student/checkpoints/latest.pt")
+DEFAULT_OUT = Path("models/student/exported")
+DEFAULT_T = [512, 1024, 2048]
+_TWIN_TOLERANCE = 1e-4
+"""The twin reorders fp32 sums: allowed error as a share of the largest logit."""
+KV_LAYOUT = "kv (2L, K, C, N): row 2l keys after RoPE, row 2l+1 values of layer l; head, position, width"
+MASK = "additive; 0 where a token may attend, -1e4 elsewhere; causal"
+
+
+class ExportConfig(NamedTuple):
+    """What to export."""
+
+    checkpoint: Path = DEFAULT_CHECKPOINT
+    out: Path = DEFAULT_OUT
+    mode: Literal["prefill", "decode", "both"] = "both"
+    seq: int | None = None
+    """Primary sequence length: its failure fails the export. None: the first of `enumerated_T`."""
+    enumerated_T: tuple[int, ...] = ()
+    """Sequence lengths; empty: `export.seq` of the training configuration, else 512, 1024, 2048."""
+    toy: bool = False
+    """Evaluation prompts are the held-out ones of the toy set that the checkpoint was trained on."""
+
+
+class _Shared(NamedTuple):
+    """What every contract of one export has in common."""
+
+    student: Student
+    tokenizer: Tokenizer
+    lengths: list[int]
+    items: Sequence[Any]
+    fields: dict[str, Any]
+    sidecar: dict[str, FileRef]
+
+
+def run(config: ExportConfig) -> list[Path]:
+    """Export; returns the contracts written. InputError for bad input, DistillError if the primary shape fails."""
+    require_python("export")
+    loaded = checkpoint.load(config.checkpoint)
+    student = loaded.student.float().eval()
+    trained = loaded.provenance.get("config", {})
+    lengths = _lengths(config, trained)
+    config.out.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "schema": "distill-export/1",
+        "enumerated_T": lengths,
+        "model_config": student.config,
+        "rope": f"half-split, theta {student.config.rope_theta:g}, tables in the graph",
+        "mask": MASK,
+        "tokenizer_sha256": loaded.tokenizer.sha256,
+        "chat_template_sha256": chat.template_sha256(),
+        "weights_sha256": weights_sha256(student),
+        "probes": {},
+        "made_by": provenance({"seq": config.seq, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
+                              {"checkpoint": config.checkpoint})
+        | {"stage": loaded.stage, "step": loaded.step, "lineage": loaded.lineage},
+        "versions": versions(),
+    }  # fmt: skip
+    sidecar = {
+        "tokenizer": _ref(write_text(config.out / "tokenizer.json", loaded.tokenizer.to_json())),
+        "chat_template": _ref(write_text(config.out / "chat_template.jinja", chat.JINJA)),
+    }
+    items = evaluation_items(loaded, toy_set=config.toy)
+    shared = _Shared(student, loaded.tokenizer, lengths, items, fields, sidecar)
+    written = []
+    if config.mode in ("prefill", "both"):
+        written += _prefills(shared, config)
+    if config.mode in ("decode", "both"):
+        written.append(_decode(shared, config))
+    return written
+
+
+def weights_sha256(student: Student) -> str:
+    """sha256 over the training weights: name, dtype, shape and bytes of each, in name order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(student.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _lengths(config: ExportConfig, trained: dict[str, Any]) -> list[int]:
+    chosen = list(config.enumerated_T) or list((trained.get("export") or {}).get("seq") or DEFAULT_T)
+    if config.seq is not None and config.seq not in chosen:
+        raise InputError(f"--seq {config.seq} is not one of the enumerated lengths {chosen}")
+    if len(set(chosen)) != len(chosen) or min(chosen) < 2:
+        raise InputError(f"--enumerated-T {chosen}: lengths must be distinct and at least 2")
+    return sorted(chosen)
+
+
+def _prefills(shared: _Shared, config: ExportConfig) -> list[Path]:
+    primary = config.seq if config.seq is not None else shared.lengths[0]
+    order = [primary] + [t for t in shared.lengths if t != primary]
+    evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, max(order))
+    checked: dict[str, ShapeValidation] = {}
+    pending = []
+    for t in order:
+        twin = PrefillTwin(shared.student, t)
+        golden = goldens.prefill_goldens(shared.student, shared.tokenizer, t, _first_prompt(evaluated))
+        traced = _trace(twin, (golden["input_ids"][:1],))
+        checked[str(t)] = _compare(_run_prefill(traced, golden), golden)
+        print(f"prefill T={t}: {checked[str(t)].status}, max error {checked[str(t)].max_abs_err:.2e} in fp32 "
+              f"(tolerance {checked[str(t)].tolerance:.2e})")  # fmt: skip
+        if t == primary and checked[str(t)].status == "fail":
+            raise InputError(f"primary shape T={t}: {checked[str(t)].reason}")
+        name = f"student_prefill_T{t}"
+        file = _save_program(traced, config.out / f"{name}.pt")
+        fitting = _fitting(evaluated, t)
+        pending.append((t, name, file, golden, fitting))
+    contracts = []
+    for t, name, file, golden, fitting in pending:
+        contracts.append(_write_contract(
+            shared, config.out, name, golden, fitting, checked,
+            mode="prefill", file=file, states=[], kv_layout=None,
+            inputs=[TensorSpec("input_ids", [1, t], "int32")],
+            outputs=[TensorSpec("logits", [1, t, shared.student.config.vocab_size], "float16")],
+        ))  # fmt: skip
+    return contracts
+
+
+def _decode(shared: _Shared, config: ExportConfig) -> Path:
+    context = max(shared.lengths)
+    evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, context)
+    golden = goldens.decode_goldens(shared.student, shared.tokenizer, context, _first_prompt(evaluated))
+    twin = DecodeTwin(shared.student, context)
+    position = torch.tensor([min(1, context - 1)], dtype=torch.int32)
+    traced = _trace(twin, (golden["input_ids"][:, :1], position))
+    result = _compare(_run_decode(traced, golden), golden)
+    print(f"decode C={context}: {result.status}, max error {result.max_abs_err:.2e} in fp32 "
+          f"(tolerance {result.tolerance:.2e})")  # fmt: skip
+    if result.status == "fail":
+        raise InputError(f"decode: {result.reason}")
+    traced.kv.zero_()
+    file = _save_program(traced, config.out / "student_decode.pt")
+    return _write_contract(
+        shared, config.out, "student_decode", golden, evaluated, {str(context): result},
+        mode="decode", file=file, kv_layout=KV_LAYOUT,
+        inputs=[TensorSpec("input_ids", [1, 1], "int32"), TensorSpec("position", [1], "int32")],
+        outputs=[TensorSpec("logits", [1, 1, shared.student.config.vocab_size], "float16")],
+        states=[TensorSpec("kv", list(twin.kv.shape), "float16")],
+    )  # fmt: skip
+
+
+def _write_contract(
+    shared: _Shared, out: Path, name: str, golden: dict[str, Tensor], evaluated: dict[str, Any],
+    checked: dict[str, ShapeValidation], **fields: Any,
+) -> Path:  # fmt: skip
+    sidecar = shared.sidecar | {
+        "goldens": _ref(goldens.write_goldens(out / f"{name}_goldens.safetensors", golden)),
+        "evaluation": _ref(write_json(out / f"{name}_evaluation.json", evaluated)),
+    }
+    contract = Contract(**shared.fields, **fields, name=name, shape_validation=checked, sidecar=sidecar)
+    return write_json(out / f"{name}_contract.json", msgspec.to_builtins(contract))
+
+
+@torch.no_grad()
+def _trace(twin: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
+    with warnings.catch_warnings():
+        # tracing bakes shapes in, which is what a static program wants, and warns of each
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(twin, example, check_trace=False)
+
+
+@torch.no_grad()
+def _run_prefill(traced: Any, golden: dict[str, Tensor]) -> Tensor:
+    return torch.stack([traced(row[None])[0, golden["positions"]] for row in golden["input_ids"]])
+
+
+@torch.no_grad()
+def _run_decode(traced: Any, golden: dict[str, Tensor]) -> Tensor:
+    traced.kv.zero_()
+    ids = golden["input_ids"][0]
+    steps = [traced(ids[i].view(1, 1), torch.tensor([i], dtype=torch.int32))[0] for i in range(len(ids))]
+    return torch.cat(steps)[None]
+
+
+def _compare(found: Tensor, golden: dict[str, Tensor]) -> ShapeValidation:
+    expected = golden["logits"]
+    tolerance = _TWIN_TOLERANCE * max(float(expected.abs().max()), 1e-3)
+    error = float((found - expected).abs().max())
+    if error <= tolerance:
+        return ShapeValidation("pass", error, tolerance)
+    reason = f"the exported program differs from the training model by {error:.3g} (tolerance {tolerance:.3g})"
+    return ShapeValidation("fail", error, tolerance, reason)
+
+
+def _save_program(traced: Any, path: Path) -> FileRef:
+    with atomic_file(path) as temporary:
+        torch.jit.save(traced, str(temporary))
+    return _ref(path)
+
+
+def _ref(path: Path) -> FileRef:
+    return FileRef(path.name, sha256_file(path), path.stat().st_size)
+
+
+def _fitting(evaluated: dict[str, Any], seq: int) -> dict[str, Any]:
+    """The evaluation items whose prompt and greedy answer fit a shorter program."""
+    rows = [row for row in evaluated["items"] if len(row["prompt_ids"]) + len(row["greedy"]["tokens"]) <= seq]
+    return evaluated | {"items": rows, "too_long": evaluated["too_long"] + len(evaluated["items"]) - len(rows)}
+
+
+def _first_prompt(evaluated: dict[str, Any]) -> list[int]:
+    rows = evaluated["items"]
+    return rows[0]["prompt_ids"] + rows[0]["greedy"]["tokens"] if rows else []
+
+
+@stage_main
+def main(argv: list[str] | None = None) -> int:
+    """Parse and export; exit 0 when every shape validated, 1 when a secondary one did not."""
+    parser = argparse.ArgumentParser(prog="distill export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the programs and contracts")
+    parser.add_argument("--mode", choices=("prefill", "decode", "both"), default="both")
+    parser.add_argument("--seq", type=int, help="primary length (default: the first enumerated one)")
+    parser.add_argument("--enumerated-T", type=int, nargs="+", default=[], metavar="T",
+                        help="lengths to export (default: export.seq of the training configuration, else 512 1024 2048)")  # fmt: skip
+    parser.add_argument("--toy", action="store_true", help="evaluate on the toy set's held-out prompts")
+    args = parser.parse_args(argv)
+    config = ExportConfig(args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), args.toy)
+    contracts = run(config)
+    failed = [c for c in contracts if '"status": "fail"' in c.read_text()]
+    print(f"exported {len(contracts)} programs to {config.out}" + (f"; failed shapes in {failed[0]}" if failed else ""))
+    return 1 if failed else 0

@@ -1,0 +1,263 @@
+"""The static inference twin: the student's function in the form that Core ML and the Neural Engine like.
+
+Layout (1, C, 1, S) with 1x1 convolutions, RMSNorm as the layer norm of [x, -x], attention per key-value head,
+static shapes, additive finite masks, RoPE tables and the embedding inside the graph
+(notes: apple/ml-ane-transformers; 0seba/coremlmodels RMSNORM_PATCHING). Prefill takes `input_ids` (1, S);
+decode takes one token and its `position` and keeps keys and values in one state.
+
+Shapes: S tokens, D hidden, H query heads, K key-value heads, G = H / K, N head width, V vocabulary, C context.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.model import ModelConfig, Student, rope_tables
+
+MASKED = -1e4
+"""Additive mask: finite, since an IEEE infinity in a softmax mask is not safe on every compute unit."""
+HEAD_SLICE = 16384
+"""Rows of the output matrix in one convolution: the Neural Engine's documented limit on a dimension."""
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMSNorm over the channel axis: [x, -x] has zero mean, so its layer norm is the RMS norm of x.
+
+    coremltools fuses the arithmetic below into one `layer_norm`, which keeps its sums from overflowing in fp16.
+    """
+
+    def __init__(self, weight: Tensor, eps: float, axis: int) -> None:
+        super().__init__()
+        shape = [1, 1, 1, 1]
+        shape[axis] = -1
+        self.weight = nn.Parameter(weight.reshape(shape))
+        self.eps = eps
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.cat([x, -x], self.axis)
+        z = z - z.mean(self.axis, keepdim=True)
+        z = z * ((z * z).mean(self.axis, keepdim=True) + self.eps).rsqrt()
+        return z.narrow(self.axis, 0, x.shape[self.axis]) * self.weight
+
+
+def _conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")
+    conv.weight = nn.Parameter(weight[:, :, None, None])
+    if bias is not None:
+        conv.bias = nn.Parameter(bias)
+    return conv
+
+
+class TwinAttention(nn.Module):
+    """Attention of one block. `q` carries the 1/sqrt(N) scale in its weights unless QK-norm follows it."""
+
+    def __init__(self, student: Student, layer: int) -> None:
+        super().__init__()
+        config, source = student.config, student.model.layers[layer].self_attn
+        self.n_kv, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.n_heads, self.group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+        self.layer = layer
+        scale = config.head_dim**-0.5
+        q_scale = 1.0 if config.qk_norm else scale
+        q_bias = None if source.q_proj.bias is None else source.q_proj.bias * q_scale
+        self.q = _conv(source.q_proj.weight * q_scale, q_bias)
+        self.k = _conv(source.k_proj.weight, source.k_proj.bias)
+        self.v = _conv(source.v_proj.weight, source.v_proj.bias)
+        self.o = _conv(source.o_proj.weight, source.o_proj.bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = ChannelRMSNorm(source.q_norm.weight * scale, config.rms_norm_eps, 2)
+            self.k_norm = ChannelRMSNorm(source.k_norm.weight, config.rms_norm_eps, 2)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1,D,1,S) -> q (1,H,N,S), k (1,K,N,S) after RoPE, v (1,K,N,S)."""
+        s = x.shape[3]
+        q = self.q(x).reshape(1, self.n_heads, self.head_dim, s)
+        k = self.k(x).reshape(1, self.n_kv, self.head_dim, s)
+        v = self.v(x).reshape(1, self.n_kv, self.head_dim, s)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        """Prefill: mask (1,1,S,S). Decode: S = 1, mask (1,1,1,C), `kv` written at `position`, then read."""
+        q, k, v = self.project(x, cos, sin)
+        heads = self._prefill(q, k, v, mask) if kv is None else self._decode(q, k, v, mask, kv, position)
+        return self.o(torch.cat(heads, 1).reshape(1, self.n_heads * self.head_dim, 1, x.shape[3]))
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
+        heads = []
+        for j in range(self.n_kv):
+            q_j = q[:, j * self.group : (j + 1) * self.group]  # (1,G,N,S)
+            weights = (torch.matmul(q_j.transpose(2, 3), k[:, j : j + 1]) + mask).softmax(-1)  # (1,G,S,S)
+            heads.append(torch.matmul(v[:, j : j + 1], weights.transpose(2, 3)))  # (1,G,N,S)
+        return heads
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kv: Tensor, position: Tensor) -> list[Tensor]:
+        q = q.reshape(1, self.n_heads, 1, self.head_dim)
+        key_row, value_row = 2 * self.layer, 2 * self.layer + 1
+        shape = (1, self.n_kv, 1, self.head_dim)
+        kv[key_row : key_row + 1, :, position : position + 1, :] = k.reshape(shape)
+        kv[value_row : value_row + 1, :, position : position + 1, :] = v.reshape(shape)
+        heads = []
+        for j in range(self.n_kv):
+            q_j = q[:, j * self.group : (j + 1) * self.group]  # (1,G,1,N)
+            keys, values = kv[key_row : key_row + 1, j : j + 1], kv[value_row : value_row + 1, j : j + 1]  # (1,1,C,N)
+            weights = (torch.matmul(q_j, keys.transpose(2, 3)) + mask).softmax(-1)  # (1,G,1,C)
+            heads.append(torch.matmul(weights, values))
+        return heads
+
+
+class TwinMLP(nn.Module):
+    """SwiGLU as convolutions."""
+
+    def __init__(self, student: Student, layer: int) -> None:
+        super().__init__()
+        source = student.model.layers[layer].mlp
+        self.gate = _conv(source.gate_proj.weight, source.gate_proj.bias)
+        self.up = _conv(source.up_proj.weight, source.up_proj.bias)
+        self.down = _conv(source.down_proj.weight, source.down_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class TwinBlock(nn.Module):
+    """One block."""
+
+    def __init__(self, student: Student, layer: int) -> None:
+        super().__init__()
+        source, eps = student.model.layers[layer], student.config.rms_norm_eps
+        self.attention_norm = ChannelRMSNorm(source.input_layernorm.weight, eps, 1)
+        self.attention = TwinAttention(student, layer)
+        self.mlp_norm = ChannelRMSNorm(source.post_attention_layernorm.weight, eps, 1)
+        self.mlp = TwinMLP(student, layer)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, kv, position)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Twin(nn.Module):
+    """What prefill and decode share: embedding, blocks, final norm, head in slices."""
+
+    def __init__(self, student: Student, *, copy: bool = False) -> None:
+        """`copy` gives the twin weights of its own; else it shares the student's."""
+        super().__init__()
+        if copy:
+            student = deepcopy(student)
+        config = student.config
+        self.config: ModelConfig = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
+        self.embed.weight = nn.Parameter(student.model.embed_tokens.weight.detach())
+        # attributes rather than a ModuleList: their names are the scopes that the converter records for probes
+        for layer in range(config.num_hidden_layers):
+            self.add_module(f"block_{layer}", TwinBlock(student, layer))
+        self.final_norm = ChannelRMSNorm(student.model.norm.weight, config.rms_norm_eps, 1)
+        for index, part in enumerate(student.lm_head.weight.split(HEAD_SLICE)):
+            self.add_module(f"head_{index}", _conv(part, None))
+        self.requires_grad_(False)
+        self.eval()
+
+    def blocks(self) -> list[TwinBlock]:
+        """The blocks in order."""
+        return [module for module in self.children() if isinstance(module, TwinBlock)]
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """(1,S) ids -> (1,D,1,S)."""
+        return self.embed(input_ids).transpose(1, 2).unsqueeze(2)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(1,D,1,S) -> (1,S,V)."""
+        x = self.final_norm(x)
+        parts = [module(x) for name, module in self.named_children() if name.startswith("head_")]
+        return torch.cat(parts, 1).squeeze(2).transpose(1, 2)
+
+
+class PrefillTwin(Twin):
+    """`input_ids` (1,S) int -> logits (1,S,V); tokens right of the prompt do not change those inside it."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+    def __init__(self, student: Student, seq: int, *, copy: bool = False) -> None:
+        super().__init__(student, copy=copy)
+        cos, sin = rope_tables(student.config, torch.arange(seq))  # (S,N)
+        self.register_buffer("cos", cos.T[None, None].contiguous())
+        self.register_buffer("sin", sin.T[None, None].contiguous())
+        self.register_buffer("mask", _causal(seq, student.config.sliding_window))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for block in self.blocks():
+            x = block(x, self.cos, self.sin, self.mask)
+        return self.logits(x)
+
+
+class DecodeTwin(Twin):
+    """`input_ids` (1,1), `position` (1,) int -> logits (1,1,V); keys and values in the state `kv` (2L,K,C,N)."""
+
+    kv: Tensor
+    cos: Tensor
+    sin: Tensor
+    steps: Tensor
+
+    def __init__(self, student: Student, context: int, *, copy: bool = False) -> None:
+        super().__init__(student, copy=copy)
+        config = student.config
+        cos, sin = rope_tables(config, torch.arange(context))
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.register_buffer("steps", torch.arange(context, dtype=torch.int32)[None, None, None])
+        shape = (2 * config.num_hidden_layers, config.num_key_value_heads, context, config.head_dim)
+        self.register_buffer("kv", torch.zeros(shape))
+
+    def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        cos = self.cos[position].transpose(0, 1)[None, None]  # (1,1,N,1)
+        sin = self.sin[position].transpose(0, 1)[None, None]
+        allowed = self.steps <= position
+        if self.config.sliding_window is not None:
+            allowed = allowed & (self.steps > position - self.config.sliding_window)
+        mask = torch.where(allowed, 0.0, MASKED)
+        for block in self.blocks():
+            x = block(x, cos, sin, mask, self.kv, position[0])
+        return self.logits(x)
+
+
+def round_to_half(twin: Twin) -> Twin:
+    """Round every weight, table and epsilon to the nearest fp16 in place (still held in fp32); returns the twin.
+
+    The result computes, in fp32, exactly the function that an fp16 package stores: its difference from the package
+    run under the executor's `fp32` policy is fp32 rounding alone.
+    """
+    for tensor in [*twin.parameters(), *twin.buffers()]:
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half().float())
+    for module in twin.modules():
+        if isinstance(module, ChannelRMSNorm):
+            module.eps = float(torch.tensor(module.eps).half())
+    return twin
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[2] // 2
+    return x * cos + torch.cat([-x[:, :, half:], x[:, :, :half]], 2) * sin
+
+
+def _causal(seq: int, window: int | None) -> Tensor:
+    query, key = torch.arange(seq)[:, None], torch.arange(seq)[None]
+    allowed = key <= query
+    if window is not None:
+        allowed &= key > query - window
+    return torch.where(allowed, 0.0, MASKED)[None, None]

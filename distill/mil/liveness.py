@@ -1,0 +1,135 @@
+"""What the plan knows about lifetimes: when a value is dead, and when a state may be overwritten where it
+lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from distill.mil.ops.slicing import update_in_place
+from distill.mil.run import Run
+
+if TYPE_CHECKING:
+    from distill.mil.plan import Instruction
+
+_PINNED = "pinned"
+
+
+def free_dead(instructions: Sequence[Instruction], inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    """Give each instruction the slots of this block that nobody reads after it."""
+    own = set(inputs) | {slot for i in instructions for slot in i.writes}
+    last = {slot: n for n, i in enumerate(instructions) for slot in (*i.writes, *i.used)}
+    for slot, n in last.items():
+        if slot in own and slot not in outputs:
+            instructions[n].frees.append(slot)
+
+
+def share_states(instructions: Sequence[Instruction], inputs: Sequence[int], outputs: Sequence[Any]) -> None:
+    """Let `slice_update` write into a state where no one can see the difference; else states are copied.
+
+    Values that may share memory form one group: an operator that is not `fresh` joins its outputs to its
+    inputs, and reading or writing a state joins the value to that state. Function inputs, outputs and
+    constants pin their group. An update may happen in place when every earlier member of the group of `x` is
+    dead after it, the group is not pinned, and each state in the group is next written, not read.
+    """
+    if any(i.bodies for i in instructions):
+        return
+    groups = _Groups()
+    for slot in (*inputs, *(o for o in outputs if type(o) is int)):
+        groups.join(slot, _PINNED)
+    for i in instructions:
+        if i.handler.name in _STATE_NAME:
+            for slot in (*i.writes, *_tensors(i)):
+                groups.join(slot, _state(i))
+        elif not i.handler.fresh:
+            for slot in (*i.writes, *_tensors(i)):
+                groups.join(slot, _anchor(i))
+            if any(isinstance(v, Tensor) for v in i.fixed.values()) or i.gathers:
+                groups.join(_anchor(i), _PINNED)
+    last = {slot: n for n, i in enumerate(instructions) for slot in (*i.writes, *i.used)}
+    born = {slot: n for n, i in enumerate(instructions) for slot in i.writes}
+    for n, i in enumerate(instructions):
+        if i.handler.name == "slice_update":
+            _try_in_place(n, i, instructions, groups, last, born)
+    for i in instructions:
+        if i.handler.name == "write_state" and not _exclusive(i, groups):
+            i.function = _write_copy
+
+
+def _tensors(i: Instruction) -> list[int]:
+    """The slots that are passed as tensors; the others become plain numbers, which share no memory."""
+    single = [slot for _, slot, convert in i.reads if convert is None]
+    return single + [p for _, parts, flatten in i.gathers if not flatten for p in parts if type(p) is int]
+
+
+def _anchor(i: Instruction) -> int | str:
+    return next(iter((*i.writes, *_tensors(i))), _PINNED)
+
+
+_STATE_NAME = {"read_state": "input", "write_state": "input", "coreml_update_state": "state"}
+
+
+def _state(i: Instruction) -> str:
+    return "state:" + i.fixed[_STATE_NAME[i.handler.name]]
+
+
+def _try_in_place(
+    n: int,
+    i: Instruction,
+    instructions: Sequence[Instruction],
+    groups: _Groups,
+    last: dict[int, int],
+    born: dict[int, int],
+) -> None:
+    read = {name: slot for name, slot, _ in i.reads}
+    if "x" not in read:
+        return
+    members = groups.members(read["x"])
+    if _PINNED in members or read.get("update") in members:
+        return
+    earlier = [m for m in members if type(m) is int and born.get(m, -1) < n]
+    states = [m for m in members if type(m) is str]
+    if all(last.get(m, -1) <= n for m in earlier) and all(_next_is_write(instructions, n, s) for s in states):
+        i.in_place = update_in_place
+        groups.join(i.writes[0], read["x"])
+
+
+def _next_is_write(instructions: Sequence[Instruction], n: int, state: str) -> bool:
+    for later in instructions[n + 1 :]:
+        if later.handler.name in _STATE_NAME and _state(later) == state:
+            return later.handler.name != "read_state"
+    return False
+
+
+def _exclusive(i: Instruction, groups: _Groups) -> bool:
+    """Whether the value written shares memory with nothing but this state."""
+    if not _tensors(i):
+        return False
+    members = groups.members(_tensors(i)[0])
+    return all(type(m) is int or m == _state(i) for m in members)
+
+
+def _write_copy(run: Run, input: str, data: Tensor) -> tuple[()]:
+    assert run.state is not None
+    run.state.set(input, data.clone())
+    return ()
+
+
+class _Groups:
+    """Disjoint sets of slots, state names and the mark `pinned`."""
+
+    def __init__(self) -> None:
+        self._group: dict[int | str, set[int | str]] = {}
+
+    def join(self, a: int | str, b: int | str) -> None:
+        left, right = self._group.setdefault(a, {a}), self._group.setdefault(b, {b})
+        if left is not right:
+            left |= right
+            for member in right:
+                self._group[member] = left
+
+    def members(self, a: int | str) -> set[int | str]:
+        return self._group.get(a, {a})

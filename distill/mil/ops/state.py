@@ -1,0 +1,30 @@
+"""State access. A state's tensor is never changed except by `slice_update` where the plan has proved that
+nobody else can see it (liveness.py).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distill.mil.ops.registry import op
+from distill.mil.run import Run
+
+
+@op("read_state", exact=True)
+def read_state(run: Run, input: str) -> Tensor:
+    assert run.state is not None  # checked before the run
+    return run.state.get(input)
+
+
+@op("write_state", exact=True)
+def write_state(run: Run, input: str, data: Tensor) -> tuple[()]:
+    assert run.state is not None
+    run.state.set(input, data)
+    return ()
+
+
+@op("coreml_update_state", exact=True)
+def coreml_update_state(run: Run, state: str, value: Tensor) -> Tensor:
+    """write_state followed by read_state: how coremltools spells the pair before serialisation."""
+    write_state(run, state, value)
+    return value

@@ -1,0 +1,172 @@
+"""Numeric policies: how results are rounded and how sums are accumulated. Chosen once per run.
+
+    ieee16   each operation in float32, its result rounded to its declared type (default)
+    fp32     fp16 is ignored: what is declared fp16 stays float32; separates precision from semantics
+    acc16    as ieee16, but matmul, conv, linear and reductions accumulate in fp16, block by block
+    strict   as ieee16, and every overflow, NaN and subnormal is recorded with the operation that made it
+None of them claims to be bit-exact with a chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.errors import InputError
+
+_NORMAL16 = 2.0**-14
+_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something in a tensor that fp16 hardware may not survive. `count` elements of `size`; `worst` is the
+    largest.
+    """
+
+    kind: str  # overflow | infinite | nan | subnormal | underflow | index
+    op_type: str
+    name: str
+    count: int
+    size: int
+    worst: float
+
+
+def round16(x: Tensor) -> Tensor:
+    """IEEE round to nearest even, held in float32; beyond 65504 it overflows to infinity."""
+    return x.half().float()
+
+
+class Policy:
+    """The default, ieee16, and the base of the others."""
+
+    name = "ieee16"
+    rounds = True  # whether fp16 is honoured
+    records = False
+
+    def settle(self, x: Tensor, op_type: str, name: str) -> Tensor:
+        """A float32 result that is declared fp16."""
+        return round16(x)
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.matmul(x, y)
+
+    def conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        strides: Sequence[int],
+        dilations: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        """A convolution of an input that is padded already."""
+        kernel = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return kernel(x, weight, None, list(strides), 0, list(dilations), groups)
+
+    def sum(self, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
+        return x.sum(list(axes), keepdim=keep) if axes else x
+
+    def report(self, kind: str, op_type: str, name: str, count: int, size: int) -> None:
+        """A remark from a handler; only `strict` keeps it."""
+
+
+class Fp32(Policy):
+    name = "fp32"
+    rounds = False
+
+    def settle(self, x: Tensor, op_type: str, name: str) -> Tensor:
+        return x
+
+
+class Acc16(Policy):
+    """Partial sums of 32 products in float32, then an fp16 accumulator: a pessimistic picture of fp16
+    hardware.
+    """
+
+    name = "acc16"
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return torch.matmul(x, y)
+        total: Tensor | None = None
+        contracted = -2 if y.dim() > 1 else -1
+        for start in range(0, x.shape[-1], _BLOCK):
+            width = min(_BLOCK, x.shape[-1] - start)
+            part = round16(torch.matmul(x.narrow(-1, start, width), y.narrow(contracted, start, width)))
+            total = part if total is None else round16(total + part)
+        return torch.matmul(x, y) if total is None else total
+
+    def conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        strides: Sequence[int],
+        dilations: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        if groups > 1:
+            parts = zip(x.chunk(groups, 1), weight.chunk(groups, 0))
+            return torch.cat([self.conv(a, w, strides, dilations, 1) for a, w in parts], 1)
+        width = max(1, _BLOCK // max(1, weight[0, 0].numel()))
+        total: Tensor | None = None
+        for a, w in zip(x.split(width, 1), weight.split(width, 1)):
+            part = round16(super().conv(a, w, strides, dilations, 1))
+            total = part if total is None else round16(total + part)
+        assert total is not None
+        return total
+
+    def sum(self, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
+        if not x.is_floating_point() or not axes:
+            return super().sum(x, axes, keep)
+        dims = sorted(a % x.dim() for a in axes)
+        rest = [d for d in range(x.dim()) if d not in dims]
+        flat = x.permute(*rest, *dims).reshape([x.shape[d] for d in rest] + [-1])
+        total = torch.zeros(flat.shape[:-1])
+        for part in flat.split(_BLOCK, -1):
+            total = round16(total + round16(part.sum(-1)))
+        return total.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keep else total
+
+
+class Strict(Policy):
+    """Keeps its findings until the next run begins."""
+
+    name = "strict"
+    records = True
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def settle(self, x: Tensor, op_type: str, name: str) -> Tensor:
+        rounded = round16(x)
+        size = x.abs()
+        small = (size > 0) & (size < _NORMAL16)
+        kinds = {
+            "overflow": x.isfinite() & rounded.isinf(),
+            "infinite": x.isinf(),
+            "nan": x.isnan(),
+            "underflow": small & (rounded == 0),
+            "subnormal": small & (rounded != 0),
+        }
+        for kind, where in kinds.items():
+            count = int(where.sum())
+            if count:
+                worst = float(size[where].max())
+                self.findings.append(Finding(kind, op_type, name, count, x.numel(), worst))
+        return rounded
+
+    def report(self, kind: str, op_type: str, name: str, count: int, size: int) -> None:
+        self.findings.append(Finding(kind, op_type, name, count, size, 0.0))
+
+
+_POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Policy, Fp32, Acc16, Strict)}
+
+
+def make_policy(name: str) -> Policy:
+    """A policy by name."""
+    if name not in _POLICIES:
+        raise InputError(f"no numeric policy {name!r}; there are {', '.join(sorted(_POLICIES))}")
+    return _POLICIES[name]()

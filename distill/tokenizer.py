@@ -1,0 +1,111 @@
+"""Tokenizers: a thin, hashed view of a tokenizer.json, and the project's own byte-level toy tokenizer.
+
+The toy tokenizer is trained, deterministically, from the text that ships in distill/text/ when it is first asked
+for; its ids 0 to 2 are those of SmolLM2 for the same control tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache, cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from distill.artifacts import canonical_json, sha256_text
+from distill.errors import InputError, describe_os_error
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
+TOY_VOCAB_SIZE = 1024
+# JSON up to the end of its line is one piece, so that a tool's schema which the shipped text repeats takes few
+# tokens and a conversation with two tools fits 64; then words, single digits, punctuation and space, as in GPT-2
+_PIECES = r"""\{"[^\n]*|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_TEXT = Path(__file__).parent / "text"
+
+
+class Tokenizer:
+    """A byte-level tokenizer with the ChatML control tokens."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, source: str) -> None:
+        self._inner = inner
+        self.source = source
+        missing = [token for token in (TURN_START, TURN_END) if inner.token_to_id(token) is None]
+        if missing:
+            raise InputError(f"{source}: the tokenizer lacks the control tokens {', '.join(missing)}")
+        self.turn_end: int = inner.token_to_id(TURN_END)
+        end_of_text = inner.token_to_id(END_OF_TEXT)
+        self.end_of_text: int = self.turn_end if end_of_text is None else end_of_text
+        self.pad: int = self.end_of_text
+        self.stop_ids: set[int] = {self.turn_end, self.end_of_text}
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = describe_os_error(error) if isinstance(error, OSError) else "not UTF-8 text"
+            raise InputError(f"cannot read tokenizer {path}: {reason}") from error
+        return cls.from_json(text, str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Tokenizer:
+        """Read the text of a tokenizer.json; `source` names it in errors."""
+        try:
+            inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise InputError(f"{source}: not a tokenizer.json: {error}") from error
+        return cls(inner, source)
+
+    def to_json(self) -> str:
+        """The canonical tokenizer.json: equal tokenizers give equal text."""
+        return canonical_json(json.loads(self._inner.to_str()))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the canonical tokenizer.json."""
+        return sha256_text(self.to_json())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; control tokens in it become their single ids, nothing is added around it."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, control tokens included; ids beyond the tokenizer's vocabulary are dropped."""
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        return self._inner.decode(known, skip_special_tokens=False)
+
+    def require_fits(self, vocab_size: int, what: str) -> None:
+        """InputError if a model with `vocab_size` rows cannot embed every id of this tokenizer."""
+        if self.vocab_size > vocab_size:
+            raise InputError(
+                f"{what}: vocab_size {vocab_size} is smaller than the tokenizer's {self.vocab_size} ({self.source})"
+            )
+
+
+@cache
+def toy_tokenizer() -> Tokenizer:
+    """The project's byte-level BPE tokenizer, trained on the shipped text; the same every time."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOY_VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = [path.read_text(encoding="utf-8") for path in sorted(_TEXT.glob("*.txt"))]
+    inner.train_from_iterator([line for text in texts for line in text.splitlines(keepends=True)], trainer)
+    inner.add_tokens([AddedToken(token, normalized=False) for token in (CALL_START, CALL_END)])
+    return Tokenizer(inner, "toy tokenizer")

@@ -1,0 +1,48 @@
+"""Stage `worker`: distil a student as a configuration says.
+
+python -m training.distill_kd --config configs/worker_9b.yaml [--plan] [--restart] [--max-steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from distill.config import build, load_yaml
+from distill.errors import InputError, stage_main
+from distill.train import loop, memory
+from distill.train.config import TrainConfig
+from distill.train.prepare import device_of
+
+
+def load_config(path: str, max_steps: int | None = None) -> TrainConfig:
+    """Read a training configuration; `max_steps` replaces its own."""
+    data = load_yaml(path)
+    if max_steps is not None:
+        if max_steps < 1:
+            raise InputError(f"--max-steps must be at least 1, not {max_steps}")
+        data["max_steps"] = max_steps
+    return build(data, TrainConfig, path)
+
+
+@stage_main
+def main(argv: list[str] | None = None) -> int:
+    """Train."""
+    parser = argparse.ArgumentParser(prog="distill-kd", description="Distil a student from a KD dataset.")
+    parser.add_argument(
+        "--config", required=True, help="configs/*.yaml: every key is documented in distill/train/config.py"
+    )
+    parser.add_argument("--plan", action="store_true", help="print size and memory plan, and stop")
+    parser.add_argument("--restart", action="store_true", help="train anew over a stopped or finished run")
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps, whatever the configuration says")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.max_steps)
+    plan = memory.plan(config, device_of(config))
+    print(plan.table(), flush=True)
+    if args.plan:
+        return 0
+    plan.require_fits()
+    report = loop.run(config, restart=args.restart)
+    values = report.values
+    print(f"{report.checkpoint}: stage {values['stage']}, {values['steps']:,} steps, {values['tokens']:,} tokens, "
+          f"loss {values['first_loss']:.4f} -> {values['loss']:.4f}")  # fmt: skip
+    return 0

@@ -1,0 +1,144 @@
+"""A run before its first step: student, data, every step laid out, and the fingerprint of its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+
+from distill.artifacts import sha256_file
+from distill.data.batches import Examples, plan
+from distill.data.records import Dataset
+from distill.errors import ConfigError
+from distill.train import init
+from distill.train.config import TrainConfig, fingerprint
+from distill.train.losses import COMPONENTS
+from distill.train.step import Objective
+
+_NEEDS = {
+    "kl_div": "the teacher's distributions",
+    "ce_teacher": "the teacher's text",
+    "ce_ground_truth": "a ground truth",
+}
+
+
+class Run(NamedTuple):
+    """Everything a run needs, before its first step."""
+
+    config: TrainConfig
+    start: init.Start
+    train: Examples
+    val: Examples
+    steps: list[list[list[int]]]
+    mark: str
+    device: torch.device
+    weights: dict[str, float]
+
+    @property
+    def final(self) -> Path:
+        """The finished checkpoint."""
+        c = self.config
+        return Path(c.out) if c.out else Path(c.checkpoints) / f"{c.stage}.pt"
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the finished checkpoint, named after it."""
+        return self.final.with_name(self.final.stem + suffix)
+
+    @property
+    def partial(self) -> Path:
+        """The resumable one, there until the run is finished."""
+        return self.final.with_name(f"{self.final.name}.partial")
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of a training step."""
+        c = self.config
+        return Objective(self.weights, c.temperature, c.head_chunk, c.dtype)
+
+
+class State(NamedTuple):
+    """Where a run stands: steps done, the first and the last loss, tokens seen, the held-out values at the start."""
+
+    step: int
+    first_loss: float
+    loss: float
+    tokens: int
+    before: dict[str, float]
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Read student and data, and lay out every step. ConfigError where there is nothing to learn from."""
+    dataset = Dataset.open(config.data)
+    start = init.build(config)
+    longest = config.stages()[-1].max_length
+    if longest > start.student.config.max_position_embeddings:
+        raise ConfigError(
+            f"max_length {longest} exceeds the model's max_position_embeddings "
+            f"{start.student.config.max_position_embeddings}"
+        )
+    wanted = msgspec.structs.asdict(config.loss_weights)
+    active = [name for name, weight in wanted.items() if weight]
+    train = Examples(dataset, start.tokenizer, "train", max_length=longest, components=active)
+    comparable = dataset.header.tokenizer_sha256 == start.tokenizer.sha256
+    kinds = COMPONENTS if comparable else COMPONENTS[1:]  # held-out KL is wanted even where it is not trained on
+    val = Examples(dataset, start.tokenizer, "val", max_length=longest, components=kinds, limit=config.eval_records)
+    _require_temperature(config, dataset, train)
+    weights = {name: wanted[name] for name in active if train.carried[name]}
+    if not weights:
+        left_out = f" ({train.too_long} are longer than {longest} tokens)" if train.too_long else ""
+        raise ConfigError(f"{config.data}: no training record carries {' or '.join(active)}{left_out}")
+    steps = plan([len(e.ids) for e in train.items], config.stages(), config.seed,
+                 max_steps=config.max_steps, token_budget=config.token_budget)  # fmt: skip
+    inputs = {
+        "data": sha256_file(config.data),
+        "distributions": dataset.header.files.get("logprobs.safetensors"),
+        "tokenizer": start.tokenizer.sha256,
+        "weights": init.weights_sha256(start.student),
+    }
+    return Run(config, start, train, val, steps, fingerprint(config, inputs), device_of(config), weights)
+
+
+def describe(it: Run) -> str:
+    """What is about to be trained, in a few lines; what is absent is named."""
+    c, carried = it.config, it.train.carried
+    wanted = msgspec.structs.asdict(c.loss_weights)
+    lines = [
+        f"{c.stage}: {it.start.student.config.n_params():,} parameters, {c.dtype} on {it.device}; "
+        f"{len(it.train):,} sequences, {len(it.steps):,} steps"
+    ]
+    for name, weight in wanted.items():
+        if weight and not carried[name]:
+            lines.append(f"{name} is absent: no record of {c.data} has {_NEEDS[name]}")
+    if it.train.too_long:
+        lines.append(
+            f"{it.train.too_long:,} sequences are longer than {c.stages()[-1].max_length} tokens and are left out"
+        )
+    if not len(it.val):
+        lines.append(f"held-out evaluation is absent: {c.data} has no record of split val")
+    return "\n".join(lines)
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device that a run trains on."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _require_temperature(config: TrainConfig, dataset: Dataset, train: Examples) -> None:
+    info, store = dataset.header.logprobs, dataset.distributions
+    if info is None or store is None or not config.loss_weights.kl_div:
+        return
+    if info.temperature != 1.0:
+        raise ConfigError(f"{config.data}: its distributions were taken at temperature {info.temperature}; 1 is needed")
+    rows = [e.row for e in train.items if e.row is not None] if config.temperature != 1.0 else []
+    if any((store[row].tail_logprob > -np.inf).any() for row in rows):
+        raise ConfigError(
+            f"temperature {config.temperature} needs distributions without a tail; {config.data} keeps the top "
+            f"{store.k} and their tail at temperature 1 only"
+        )

@@ -1,0 +1,317 @@
+"""Does this package keep its contract? Every gate can fail, and a test plants the fault that each exists for.
+
+    python -m evaluation.toy_contracts --model X.mlpackage --seq 128 --report R.json [--strict]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill import gates
+from distill.artifacts import provenance, read_json, sha256_file, write_json
+from distill.contract import Contract, read_contract
+from distill.convert.package import PLACEHOLDER, SPEC_FILE, WEIGHT_FILE, sidecar_folder
+from distill.errors import DistillError, InputError, PackageError, Skipped, stage_main
+from distill.gates import Gate
+from distill.verify import decoding, native, parity
+from distill.verify.runner import PackageRunner
+
+GATES = (
+    "package_loads", "contract", "weights_unaltered", "sidecar_unaltered", "interface", "shapes_run", "outputs_finite",
+    "outputs_vary", "parity_exact", "parity_fp16", "state", "named_points", "greedy_decode", "tool_span_f1",
+    "ane_eligibility", "core_ml",
+)  # fmt: skip
+"""In order. A gate that an earlier failure makes impossible fails with that reason."""
+EXECUTOR = "distill.mil"
+TOOL_F1 = 0.9
+
+
+class ContractsConfig(NamedTuple):
+    """What to verify."""
+
+    model: Path
+    seq: int | None = None
+    """Sequence length that the package must have."""
+    report: Path | None = None
+
+
+class _Check:
+    """The gates of one package, filled in order; what one finds is at hand for the next."""
+
+    def __init__(self, config: ContractsConfig) -> None:
+        self.config = config
+        self.gates: dict[str, Gate] = {}
+        self.details: dict[str, Any] = {}
+        self.runner: PackageRunner | None = None
+        self.golden: dict[str, np.ndarray] = {}
+        self.logits: dict[str, np.ndarray] = {}
+
+    def gate(self, name: str, check: Callable[[], Gate]) -> bool:
+        """Record a gate; what it checks may raise, and then it fails with that reason."""
+        try:
+            self.gates[name] = check()
+        except Skipped as skipped:
+            self.gates[name] = gates.skipped(skipped.reason)
+        except DistillError as error:
+            self.gates[name] = gates.failed(str(error), backend=EXECUTOR)
+        return self.gates[name].status in ("pass", "skipped")
+
+    def give_up(self, reason: str) -> None:
+        """Fail what has not been checked."""
+        for name in GATES:
+            self.gates.setdefault(name, gates.failed(f"not reached: {reason}"))
+
+
+def run(config: ContractsConfig) -> dict[str, Any]:
+    """Verify a package; returns the report. InputError if it is missing or is not of length `seq`."""
+    if not config.model.is_dir():
+        raise InputError(f"{config.model}: no such package")
+    check = _Check(config)
+    if (config.model / PLACEHOLDER).is_file():
+        reason = f"{config.model} is a placeholder package"
+        check.gates = {name: gates.skipped(reason) for name in GATES}
+    else:
+        _check_all(check)
+    report = {
+        "schema": "distill-contracts/1",
+        "package": config.model.name,
+        "gates": gates.to_json({name: check.gates[name] for name in GATES}),
+        "counts": gates.count(check.gates),
+        "details": check.details,
+        "made_by": provenance(
+            {"seq": config.seq},
+            {n: config.model / f for n, f in (("spec", SPEC_FILE), ("weights", WEIGHT_FILE)) if (config.model / f).is_file()},
+        ),
+    }  # fmt: skip
+    if config.report is not None:
+        write_json(config.report, report)
+    return report
+
+
+def _check_all(check: _Check) -> None:
+    config = check.config
+
+    def load() -> Gate:
+        check.runner = PackageRunner(config.model)
+        return gates.holds(True, observed=sorted(check.runner.program.functions), backend=EXECUTOR)
+
+    if not check.gate("package_loads", load) or check.runner is None:
+        check.give_up("the package does not load")
+        return
+    runner = check.runner
+    contract = runner.contract
+    if config.seq is not None and config.seq != check.runner.capacity:
+        raise InputError(f"--seq {config.seq}: {config.model} is enumerated for T = {contract.enumerated_T}")
+    check.gate("contract", lambda: _contract(runner))
+    check.gate("weights_unaltered", lambda: _weights(runner))
+    check.gate("sidecar_unaltered", lambda: _sidecar(runner))
+    if not check.gate("interface", lambda: _interface(runner)):
+        check.give_up("the interface is not the contract's")
+        return
+    if not check.gate("shapes_run", lambda: _shapes(check, runner)):
+        check.give_up("a shape does not run")
+        return
+    found = check.logits["ieee16"]
+    check.gate("outputs_finite", lambda: _finite(found))
+    check.gate("outputs_vary", lambda: _vary(found))
+    check.gate("parity_exact", lambda: _parity(check, "fp32"))
+    check.gate("parity_fp16", lambda: _parity(check, "ieee16"))
+    check.gate("state", lambda: _state(check, runner))
+    check.gate("named_points", lambda: _points(check, runner))
+    _check_decoding(check, runner)
+    check.gate("ane_eligibility", lambda: _ane(check, runner))
+    check.gate("core_ml", lambda: native.parity_gate(config.model, contract, check.golden))
+
+
+def _contract(runner: PackageRunner) -> Gate:
+    """The contract beside the package is the one inside it."""
+    path = sidecar_folder(runner.path) / "contract.json"
+    same = read_contract(path) == runner.contract
+    return gates.holds(same, reason=None if same else f"{path} differs from the contract in the package's metadata")
+
+
+def _weights(runner: PackageRunner) -> Gate:
+    path, ref = runner.path / WEIGHT_FILE, runner.contract.file
+    if ref is None:
+        none = not path.is_file()
+        return gates.holds(none, reason=None if none else "weight.bin exists but the contract names none")
+    if not path.is_file():
+        raise PackageError(f"{path}: missing")
+    observed = sha256_file(path)
+    return gates.holds(observed == ref.sha256, observed=observed[:16], threshold=ref.sha256[:16],
+                       reason=None if observed == ref.sha256 else "weight.bin is not the one that was converted")  # fmt: skip
+
+
+def _sidecar(runner: PackageRunner) -> Gate:
+    for role in sorted(runner.contract.sidecar):
+        runner.sidecar(role)
+    if "tokenizer" in runner.contract.sidecar:
+        tokenizer = runner.tokenizer()
+        if tokenizer.sha256 != runner.contract.tokenizer_sha256:
+            raise PackageError(f"{runner.sidecar('tokenizer')}: another tokenizer than the model was trained with")
+        tokenizer.require_fits(runner.contract.model_config.vocab_size, str(runner.path))
+    return gates.holds(True, observed=len(runner.contract.sidecar))
+
+
+def _interface(runner: PackageRunner) -> Gate:
+    """Names, shapes and types of inputs, outputs and states, against the serialized program."""
+    function = runner.program.function()
+    wanted, found = _wanted(runner.contract), _found(function)
+    wrong = [f"{kind} {name}: contract {wanted[kind].get(name, 'none')}, package {found[kind].get(name, 'none')}"
+             for kind in wanted for name in sorted(set(wanted[kind]) | set(found[kind]))
+             if wanted[kind].get(name) != found[kind].get(name)]  # fmt: skip
+    return gates.holds(not wrong, reason="; ".join(wrong) or None)
+
+
+def _wanted(contract: Contract) -> dict[str, dict[str, str]]:
+    def described(specs: Any) -> dict[str, str]:
+        return {spec.name: f"{spec.dtype}{spec.shape}" for spec in specs}
+
+    return {"input": described(contract.inputs), "output": described(contract.outputs), "state": described(contract.states)}  # fmt: skip
+
+
+def _found(function: Any) -> dict[str, dict[str, str]]:
+    long = {"fp16": "float16", "fp32": "float32"}
+
+    def described(features: Any) -> dict[str, str]:
+        return {f.name: f"{long.get(f.dtype, f.dtype)}{list(f.shape)}" for f in features}
+
+    return {"input": described(function.inputs), "output": described(function.outputs), "state": described(function.states)}  # fmt: skip
+
+
+def _shapes(check: _Check, runner: PackageRunner) -> Gate:
+    """Every shape of the contract runs, on the golden inputs."""
+    contract = runner.contract
+    if contract.mode != "decode" and contract.enumerated_T != [contract.sequence()]:
+        raise PackageError(f"the contract lists T = {contract.enumerated_T}, the program takes {contract.sequence()}")
+    check.golden = parity.load_goldens(runner)
+    check.logits["ieee16"] = parity.run_goldens(runner, check.golden)
+    runner.policy = "fp32"
+    check.logits["fp32"] = parity.run_goldens(runner, check.golden)
+    runner.policy = "ieee16"
+    return gates.holds(True, observed=contract.enumerated_T, backend=EXECUTOR)
+
+
+def _finite(logits: np.ndarray) -> Gate:
+    bad = int(np.count_nonzero(~np.isfinite(logits)))
+    return gates.at_most(bad, 0, backend=EXECUTOR, reason=f"{bad} of {logits.size} values" if bad else None)
+
+
+def _vary(logits: np.ndarray) -> Gate:
+    """Neither constant over the vocabulary at any position, nor equal at all positions."""
+    over_vocab = float(np.min(np.ptp(logits, axis=-1)))
+    over_positions = float(np.ptp(logits, axis=1).max()) if logits.shape[1] > 1 else over_vocab
+    ok = over_vocab > 0 and over_positions > 0
+    return gates.holds(ok, observed=min(over_vocab, over_positions), backend=EXECUTOR,
+                       reason=None if ok else "the output does not depend on the input")  # fmt: skip
+
+
+def _parity(check: _Check, policy: str) -> Gate:
+    golden = check.golden
+    tolerance = golden["fp16_sigma"] * decoding.tolerance_factor(golden["logits"].shape[-1])
+    reference = golden["logits_half" if policy == "fp32" else "logits"]
+    result = parity.compare(check.logits[policy], reference, tolerance)
+    name = "parity_exact" if policy == "fp32" else "parity_fp16"
+    check.details[name] = {k: _plain(v) for k, v in result._asdict().items()}
+    if policy == "fp32":
+        return gates.at_most(result.relative, parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32",
+                             reason="||difference|| / ||logits||, worst position")  # fmt: skip
+    return gates.at_most(result.sigmas, 1.0, backend=f"{EXECUTOR} ieee16",
+                         reason=f"share of the derived fp16 error; max {result.max_error:.3g}, KL {result.kl:.2e}, "
+                                f"top-1 {result.top1:.1%}")  # fmt: skip
+
+
+def _state(check: _Check, runner: PackageRunner) -> Gate:
+    """After the golden steps the state holds the reference's keys and values, and the unused rest is untouched."""
+    if not runner.contract.states:
+        return gates.holds(True, observed="no state")
+    if "kv" not in check.golden:
+        raise PackageError("the goldens hold no state")
+    name = runner.contract.states[0].name
+    runner.policy = "fp32"
+    state = runner.program.make_state()
+    for _ in runner.steps(check.golden["input_ids"][0].tolist(), state):
+        pass
+    runner.policy = "ieee16"
+    reference = check.golden["kv"].astype(np.float64)
+    kv = state.read(name).astype(np.float64)
+    used, rest = kv[:, :, : reference.shape[2]], kv[:, :, reference.shape[2] :]
+    error = float(np.linalg.norm(used - reference) / np.linalg.norm(reference))
+    if np.any(rest):
+        raise PackageError(f"state {name} was written beyond the tokens that were fed")
+    # the executor keeps a state as it is declared, in fp16
+    return gates.at_most(error, 2.0**-11, backend=f"{EXECUTOR} fp32", reason="relative error of keys and values")
+
+
+def _points(check: _Check, runner: PackageRunner) -> Gate:
+    expected = {k.removeprefix("probe."): v for k, v in check.golden.items() if k.startswith("probe.")}
+    if not expected:
+        return gates.skipped("the goldens of a decode program hold no named points")
+    ids = check.golden["input_ids"][0].tolist()
+    points = parity.compare_points(runner, expected, ids, check.golden["positions"])
+    check.details["named_points"] = [{k: _plain(v) for k, v in p._asdict().items()} for p in points]
+    first = parity.first_divergence(points)
+    worst = max(p.relative for p in points)
+    if first is None:
+        return gates.at_most(worst, parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32")
+    return gates.holds(False, observed=first.relative, threshold=parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32",
+                       reason=f"first diverging point {first.name}: op {first.op} -> {first.value}")  # fmt: skip
+
+
+def _check_decoding(check: _Check, runner: PackageRunner) -> None:
+    results: list[decoding.Decoded] = []
+
+    def greedy() -> Gate:
+        evaluation = read_json(runner.sidecar("evaluation"))
+        results.extend(decoding.decode_all(runner, evaluation))
+        gate, detail = decoding.greedy_gate(results)
+        check.details["greedy_decode"] = detail
+        return gate
+
+    check.gate("greedy_decode", greedy)
+
+    def f1() -> Gate:
+        gate, detail = decoding.f1_gate(results, TOOL_F1)
+        check.details["tool_span_f1"] = detail
+        return gate
+
+    check.gate("tool_span_f1", f1)
+
+
+def _ane(check: _Check, runner: PackageRunner) -> Gate:
+    from distill.verify import ane
+
+    report = ane.lint(runner.program)
+    check.details["ane_eligibility"] = report.to_json()
+    errors = [finding for finding in report.findings if finding.severity == "error"]
+    return gates.holds(not errors, observed=f"{len(errors)} errors of {len(report.findings)} findings",
+                       reason=f"{errors[0].rule}: {errors[0].message}" if errors else "eligibility, not placement")  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+@stage_main
+def main(argv: list[str] | None = None) -> int:
+    """Parse, verify, print the table and the closing line."""
+    parser = argparse.ArgumentParser(prog="distill contracts", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="X.mlpackage")
+    parser.add_argument("--seq", type=int, help="sequence length that the package must have")
+    parser.add_argument("--report", type=Path, help="where the JSON report goes")
+    parser.add_argument("--strict", action="store_true", help="exit 3 if anything was skipped")
+    args = parser.parse_args(argv)
+    report = run(ContractsConfig(args.model, args.seq, args.report))
+    result = {name: Gate(**value) for name, value in report["gates"].items()}
+    print(gates.table(result))
+    print(f"{args.model}: {gates.summary(result)}")
+    if (args.model / PLACEHOLDER).is_file():
+        print(f"error: {args.model} is a placeholder package: nothing was verified", file=sys.stderr)
+        return 2
+    return gates.exit_code(result, strict=args.strict)

@@ -1,0 +1,43 @@
+"""The same parity through Core ML itself. It runs on macOS only, and says SKIPPED with that reason elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from distill import gates
+from distill.contract import Contract
+from distill.errors import PackageError, Skipped
+from distill.export.goldens import tolerance_factor
+from distill.gates import Gate
+from distill.versions import import_coremltools
+
+
+def parity_gate(package: Path, contract: Contract, golden: dict[str, np.ndarray]) -> Gate:
+    """Golden logits through Core ML, within the derived fp16 error. Not exercised off macOS."""
+    if sys.platform != "darwin":
+        raise Skipped("Core ML runs on macOS only")
+    ct = import_coremltools()
+    try:
+        model = ct.models.MLModel(str(package))
+    except Exception as error:  # coremltools raises bare Exception and RuntimeError
+        raise PackageError(f"{package}: Core ML does not load it: {error}") from error
+    state = model.make_state() if contract.states else None
+    rows = []
+    for ids in golden["input_ids"]:
+        if contract.mode == "decode":
+            names = [spec.name for spec in contract.inputs]
+            logits = [
+                model.predict({names[0]: ids[i].reshape(1, 1), names[1]: np.array([i], np.int32)}, state=state)
+                for i in range(len(ids))
+            ]
+            rows.append(np.stack([step[contract.outputs[0].name][0, 0] for step in logits]))
+        else:
+            out = model.predict({contract.inputs[0].name: ids[None]})
+            rows.append(out[contract.outputs[0].name][0])
+    found = np.stack([row[golden["positions"]] for row in rows]).astype(np.float64)
+    tolerance = golden["fp16_sigma"] * tolerance_factor(golden["logits"].shape[-1])
+    worst = float((np.abs(found - golden["logits"]) / tolerance).max())
+    return gates.at_most(worst, 1.0, backend="Core ML", reason="share of the derived fp16 error")

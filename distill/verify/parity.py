@@ -1,0 +1,150 @@
+"""A package against its goldens: logits, named points, and the first op that diverges.
+
+Two questions are kept apart. `exact`: does the program mean what the trained model means? Run under the executor's
+`fp32` policy against the twin with fp16-rounded constants, only fp32 summation order differs. `fp16`: is the
+arithmetic of the declared types good enough? Run under `ieee16` against the training model, within the derived error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from distill.errors import PackageError
+from distill.verify.runner import PackageRunner
+
+EXACT_TOLERANCE = 2e-5
+"""Normwise relative error of logits, per position, under the fp32 policy. fp32 rounds at 2**-24 = 6e-8; sums of up to
+a few thousand terms in another order, through some hundred ops, stay below 1e-5; a 1% change of any one matrix of the
+shipped configurations lies above 5e-5 (tests/integration/test_planted_faults.py measures both)."""
+
+
+class Comparison(NamedTuple):
+    """Logits of a package against a reference, over all golden positions."""
+
+    max_error: float
+    relative: float
+    """Largest ||difference|| / ||reference|| over positions."""
+    sigmas: float
+    """Largest |difference| as a share of the derived fp16 tolerance; NaN where not asked for."""
+    psnr: float
+    kl: float
+    """Mean KL(reference || package) in nats."""
+    top1: float
+    """Share of positions with the same best token."""
+
+
+def load_goldens(runner: PackageRunner) -> dict[str, np.ndarray]:
+    """The goldens of a package's sidecar; PackageError if they cannot be what the contract says."""
+    path = runner.sidecar("goldens")
+    try:
+        golden = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PackageError(f"{path}: cannot be read: {error}") from error
+    needed = ("input_ids", "positions", "logits", "logits_half", "fp16_sigma")
+    if missing := [name for name in needed if name not in golden]:
+        raise PackageError(f"{path}: lacks {', '.join(missing)}")
+    return golden
+
+
+def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndarray:
+    """The package's logits [P, n, V] on the golden inputs at the golden positions."""
+    return np.stack([runner.logits(row.tolist())[golden["positions"]] for row in golden["input_ids"]])
+
+
+def compare(found: np.ndarray, reference: np.ndarray, tolerance: np.ndarray | None = None) -> Comparison:
+    """Compare logits [..., V]; `tolerance` [..., 1] is the derived absolute error."""
+    if found.shape != reference.shape:
+        raise PackageError(f"logits have shape {list(found.shape)}, the goldens {list(reference.shape)}")
+    found, reference = found.astype(np.float64), reference.astype(np.float64)
+    difference = found - reference
+    norms = np.linalg.norm(reference, axis=-1)
+    relative = np.linalg.norm(difference, axis=-1) / np.where(norms > 0, norms, 1)
+    mse = float(np.mean(difference**2))
+    peak = float(np.abs(reference).max())
+    return Comparison(
+        max_error=float(np.abs(difference).max()),
+        relative=_worst(relative),
+        sigmas=math.nan if tolerance is None else _worst(np.abs(difference) / tolerance),
+        psnr=math.inf if mse == 0 else 20 * math.log10(peak) - 10 * math.log10(mse) if peak > 0 else -math.inf,
+        kl=float(np.mean(_kl(reference, found))),
+        top1=float(np.mean(found.argmax(-1) == reference.argmax(-1))),
+    )
+
+
+class Point(NamedTuple):
+    """One named point of the student, compared."""
+
+    name: str
+    value: str
+    """Name of the program's value there."""
+    op: str
+    max_error: float
+    relative: float
+    psnr: float
+
+
+def compare_points(
+    runner: PackageRunner, expected: dict[str, np.ndarray], ids: list[int], positions: np.ndarray | None
+) -> list[Point]:
+    """Run the program on `ids` under the fp32 policy and compare its named points, in program order.
+
+    `expected`: module path -> values; with `positions`, the last axis holds only those.
+    """
+    probes = {value: name for name, value in runner.contract.probes.items() if name in expected}
+    missing = [name for name in expected if name not in runner.contract.probes]
+    if missing:
+        raise PackageError(f"{runner.path}: its contract maps no value to {', '.join(missing)}")
+    seq = runner.contract.sequence()
+    padded = np.zeros((1, seq), np.int32)
+    padded[0, : len(ids)] = ids
+    feed = {runner.contract.inputs[0].name: padded}
+    points = []
+    for step in runner.program.trace(feed, policy="fp32"):
+        for value, found in step.outputs.items():
+            if value in probes:
+                points.append(_point(probes.pop(value), value, step.op.type, found, expected, positions))
+    if probes:
+        raise PackageError(f"{runner.path}: the program makes no value {', '.join(probes)}")
+    return points
+
+
+def first_divergence(points: list[Point], tolerance: float = EXACT_TOLERANCE) -> Point | None:
+    """The first point, in program order, that is further from its reference than `tolerance` (or not finite)."""
+    return next((p for p in points if not p.relative <= tolerance), None)
+
+
+def _point(
+    name: str, value: str, op: str, found: np.ndarray, expected: dict[str, np.ndarray], positions: np.ndarray | None
+) -> Point:
+    reference = expected[name].astype(np.float64)
+    found = found.astype(np.float64)
+    if positions is not None:
+        found = found[..., positions]
+    if found.shape != reference.shape:
+        raise PackageError(f"{name} ({value}) has shape {list(found.shape)}, PyTorch {list(reference.shape)}")
+    difference = found - reference
+    norm = float(np.linalg.norm(reference))
+    mse, peak = float(np.mean(difference**2)), float(np.abs(reference).max())
+    psnr = math.inf if mse == 0 else 20 * math.log10(peak) - 10 * math.log10(mse) if peak > 0 else -math.inf
+    relative = float(np.linalg.norm(difference)) / (norm or 1.0)
+    return Point(name, value, op, float(np.abs(difference).max()), relative, psnr)
+
+
+def _kl(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
+    p, q = _log_softmax(reference), _log_softmax(found)
+    return np.sum(np.exp(p) * (p - q), -1)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _worst(values: np.ndarray) -> float:
+    """The largest; NaN anywhere is the worst of all."""
+    return math.nan if np.isnan(values).any() else float(values.max())
