@@ -7,6 +7,7 @@ output folder onnx/ would answer for the package of that name.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -46,6 +47,13 @@ def import_coremltools() -> ModuleType:
         warnings.simplefilter("ignore")
         import coremltools
     return coremltools
+
+
+def optional(name: str, extra: str) -> ModuleType:
+    """Import a package of an extra; InputError names the extra where it is absent."""
+    if installed(name) is None:
+        raise InputError(f"the package {name} is not installed: pip install 'distill[{extra}]'")
+    return importlib.import_module(name)
 
 
 def installed(name: str) -> str | None:

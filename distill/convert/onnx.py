@@ -27,6 +27,7 @@ from distill.convert.onnx_graph import (
     attributes,
     check,
     fold,
+    foldable,
     inline,
     one_line,
     onnx,
@@ -85,14 +86,24 @@ def _as_typed(value: onnx.ValueInfoProto, x: Var) -> Var:
     return cast(x, "bool") if value.type.tensor_type.elem_type == onnx.TensorProto.BOOL else x
 
 
+def _check_shape(value: Var, where: str) -> None:
+    if not all(isinstance(d, (int, np.integer)) for d in value.shape):
+        raise InputError(f"{where} has a shape that depends on data: {value.shape}")
+    if math.prod(value.shape) > MAX_ELEMENTS:
+        raise InputError(f"{where} has the absurd shape {value.shape}")
+
+
 def _lower_node(node: Node, versions: Mapping[str, int], file: str) -> Sequence[Value]:
-    """One node: folded if its inputs are known, else by the table. The message says which and from where."""
+    """One node: folded if its inputs are known, else by the table. An error says which node it was."""
     try:
         if all(v is None or isinstance(v, np.ndarray) for v in node.inputs):
             arrays = [v if isinstance(v, np.ndarray) else None for v in node.inputs]
-            folded = fold(node.proto, arrays, versions, MAX_FOLDED_ELEMENTS)
+            limit = max(MAX_FOLDED_ELEMENTS, sum(a.size for a in arrays if a is not None))
+            folded = fold(node.proto, arrays, versions, limit)
             if folded is not None:
                 return folded
+            if foldable(node.proto):
+                raise InputError(f"{node}: the constant it makes is absurdly large")
         result = TABLE[node.proto.op_type](node)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
@@ -154,9 +165,15 @@ def _rename(function: Function, names: Mapping[Var, str], constants: Mapping[str
 
 
 def lower(
-    model: onnx.ModelProto, *, file: str = "the ONNX model", target: ct.target = ct.target.iOS18
+    model: onnx.ModelProto,
+    *,
+    file: str = "the ONNX model",
+    target: ct.target = ct.target.iOS18,
+    half: bool = False,
 ) -> Program:
-    """A Core ML program of the model. Operators without a lowering are all named before any is lowered."""
+    """A Core ML program of the model. Operators without a lowering are all named before any is lowered.
+
+    `half` says that it will compute in fp16: constants out of its range are made finite."""
     check(model, file)
     nodes = inline(model, TABLE, file)
     missing = {_op_name(n) for n in nodes} - TABLE.keys()
@@ -173,14 +190,13 @@ def lower(
                 values[info.name] = _as_typed(info, function.inputs[info.name])
         for proto in nodes:
             arguments = [values[name] if name else None for name in proto.input]
-            node = Node(proto, versions[""], arguments, attributes(proto), constants)
+            node = Node(proto, versions[""], arguments, attributes(proto), constants, half)
             results = _lower_node(node, versions, file)
             for name, value in zip(proto.output, results):
                 values[name] = value
                 if isinstance(value, Var):
                     names.setdefault(value, name)
-                    if not all(isinstance(d, (int, np.integer)) for d in value.shape):
-                        raise InputError(f"{file}: the shape of {name!r} depends on data: {value.shape}")
+                    _check_shape(value, f"{file}: {name!r}")
         function.set_outputs(_outputs(model, values, names, file))
         _rename(function, names, constants)
     program.add_function("main", function)
@@ -220,7 +236,7 @@ def convert(
     model = read(onnx_path)
     if shapes:
         surgery.static_shapes(model, shapes, file=str(onnx_path))
-    program = lower(model, file=str(onnx_path), target=target)
+    program = lower(model, file=str(onnx_path), target=target, half=compute_precision == "fp16")
     _reserve_names(program)
     run = functools.partial(ct.convert, source="milinternal", convert_to="mlprogram", skip_model_load=True)
     try:

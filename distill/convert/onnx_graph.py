@@ -214,10 +214,22 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
+def _check_text(message: Any, file: str) -> None:
+    """protobuf gives a string that is not UTF-8 as bytes."""
+    for field, value in message.ListFields():
+        parts = [value] if isinstance(value, (str, bytes)) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_STRING and not all(isinstance(part, str) for part in parts):
+            raise InputError(f"{file}: its {field.full_name} is not UTF-8 text")
+        if field.type == field.TYPE_MESSAGE:
+            for part in parts:
+                _check_text(part, file)
+
+
 def check(model: onnx.ModelProto, file: str) -> None:
     """onnx.checker and what it does not see. Operators without a schema are the lowering's to report."""
     if not model.HasField("graph") or not model.graph.output:
         raise InputError(f"{file}: not an ONNX model: it has no graph with outputs")
+    _check_text(model, file)
     for tensor in all_tensors(model):
         _check_tensor_size(tensor, file)
     opset = opsets(model).get("", 0)
@@ -302,16 +314,22 @@ def _result_elements(node: onnx.NodeProto, arrays: Sequence[np.ndarray | None]) 
     if op == "Range":
         start, limit, delta = (a.item() for a in known)
         return max(math.ceil((limit - start) / delta), 0)
+    if op == "Split" and attributes(node).get("num_outputs", len(node.output)) != len(node.output):
+        raise ValueError("num_outputs is not the number of its outputs")
     if op == "Gather":
         return known[0].size * max(known[1].size, 1)
     return sum(a.size for a in known)
+
+
+def foldable(node: onnx.NodeProto) -> bool:
+    return node.domain in ("", "ai.onnx") and node.op_type in FOLDABLE
 
 
 def fold(
     node: onnx.NodeProto, arrays: Sequence[np.ndarray | None], opsets: Mapping[str, int], max_elements: int
 ) -> list[np.ndarray] | None:
     """The outputs of a node whose inputs are all known, or None where it is not ours to compute."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in FOLDABLE:
+    if not foldable(node):
         return None
     try:
         if _result_elements(node, arrays) > max_elements:

@@ -23,6 +23,9 @@ Value: TypeAlias = "Var | np.ndarray"
 Lowering: TypeAlias = "Callable[[Node], Value | Sequence[Value]]"
 TABLE: dict[str, Lowering] = {}
 INT32 = np.iinfo(np.int32)
+MAX_CONSTANT_ELEMENTS = 2**30
+HALF_MAX = np.float32(np.finfo(np.float16).max)
+MASK = -4e4
 
 
 def lowers(*op_types: str) -> Callable[[Lowering], Lowering]:
@@ -59,6 +62,15 @@ def same_type(value: float, x: Var) -> np.generic:
     return types.nptype_from_builtin(x.dtype)(value)
 
 
+def within_half(array: np.ndarray) -> np.ndarray:
+    """Constants that fp16 would make infinite, as finite ones: 0 * -inf is NaN where 0 * mask was 0.
+
+    Too low is a mask: -4e4 leaves its sums with scores finite as well, as the Neural Engine wants them."""
+    if array.dtype != np.float32:
+        return array
+    return np.where(array < -HALF_MAX, np.float32(MASK), np.minimum(array, HALF_MAX))
+
+
 @dataclass
 class Node:
     """One ONNX node while it is lowered: its attributes, and its inputs as arrays where they are known."""
@@ -68,6 +80,7 @@ class Node:
     inputs: Sequence[Value | None]
     attributes: dict[str, Any]
     constants: dict[str, Var]
+    half: bool = False
 
     def __str__(self) -> str:
         return f"{self.proto.op_type} {self.proto.name or self.proto.output[0]!r}"
@@ -84,8 +97,13 @@ class Node:
             raise InputError(f"{self}: input {index} is required")
         name = self.proto.input[index]
         if name not in self.constants:
-            self.constants[name] = mb.const(val=to_core_ml(value, name)[()], name=name)
+            self.constants[name] = mb.const(val=self.constant(index)[()], name=name)
         return self.constants[name]
+
+    def constant(self, index: int) -> np.ndarray:
+        """A known input as Core ML will hold it."""
+        array = to_core_ml(self.known(index), self.proto.input[index])
+        return within_half(array) if self.half else array
 
     def vars(self) -> list[Var]:
         return [self.var(i) for i in range(len(self.inputs))]
@@ -113,6 +131,12 @@ class Node:
         return axis % rank if rank else 0
 
 
+def require_modest(shape: Sequence[int], what: object) -> None:
+    """A hostile shape must not become an array before anyone looks at it."""
+    if math.prod(shape) > MAX_CONSTANT_ELEMENTS:
+        raise InputError(f"{what}: a constant of shape {tuple(shape)} is absurdly large")
+
+
 def shape_of(value: Value) -> tuple[int, ...]:
     return tuple(int(d) for d in value.shape)
 
@@ -130,6 +154,7 @@ def reshape(x: Var, shape: Sequence[int]) -> Var:
 def expand(x: Var, shape: Sequence[int]) -> Var:
     """numpy.broadcast_to."""
     if x.val is not None:
+        require_modest(shape, x.name)
         full = np.broadcast_to(x.val, shape)
         return x if full.shape == shape_of(x) else mb.const(val=np.ascontiguousarray(full)[()])
     x = reshape(x, (1,) * (len(shape) - x.rank) + shape_of(x))
@@ -172,10 +197,9 @@ def _size(n: Node) -> Value:
 
 
 @lowers("ConstantOfShape", "Range")
-def _too_large(n: Node) -> Value:
-    for index in range(len(n.inputs)):
-        n.known(index)
-    raise InputError(f"{n}: the constant it makes is absurdly large")
+def _constant_only(n: Node) -> Value:
+    """Folded when its inputs are known; the size of the result must be."""
+    raise InputError(f"{n}: its inputs {list(n.proto.input)} are computed at run time and must be fixed")
 
 
 @lowers("Reshape")

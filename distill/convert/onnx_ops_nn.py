@@ -9,20 +9,27 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var, types
 
-from distill.convert.onnx_ops import Node, Value, cast, lowers, reshape, same_type, shape_of
+from distill.convert.onnx_ops import (
+    Node,
+    Value,
+    cast,
+    lowers,
+    require_modest,
+    reshape,
+    same_type,
+    shape_of,
+)
 from distill.convert.onnx_ops_math import rms_norm
 from distill.errors import InputError
 
 
 def _weight_of(n: Node, index: int, transpose: bool) -> Var:
     """The const of a weight as (out, in), which is what `linear` takes; one for all users of the tensor."""
-    array = n.known(index)
     if not transpose:
         return n.var(index)
     key = f"{n.proto.input[index]}.T"
     if key not in n.constants:
-        n.constants[key] = mb.const(val=np.ascontiguousarray(n.var(index).val.T), name=key)
-    assert shape_of(n.constants[key]) == array.shape[::-1]
+        n.constants[key] = mb.const(val=np.ascontiguousarray(n.constant(index).T), name=key)
     return n.constants[key]
 
 
@@ -292,6 +299,7 @@ def _slice(n: Node) -> Value:
 def _trilu(n: Node) -> Value:
     """Keeps the upper (default) or lower triangle of the last two axes, the diagonal shifted by k."""
     x, k = n.var(0), int(n.known(1).item()) if n.has(1) else 0
+    require_modest(shape_of(x)[-2:], n)
     ones = np.ones(shape_of(x)[-2:], bool)
     mask = np.triu(ones, k) if n.attributes.get("upper", 1) else np.tril(ones, k)
     if x.dtype == types.bool:
@@ -310,5 +318,7 @@ def _pad(n: Node) -> Value:
     mode = modes.get(n.attributes.get("mode", b"constant"))
     if mode is None or (full < 0).any():
         raise InputError(f"{n}: {'negative pads' if mode else 'mode wrap'} has no lowering")
+    if x.val is not None:
+        require_modest([d + int(pad.sum()) for d, pad in zip(shape_of(x), full)], n)
     value = same_type(n.known(2).item() if n.has(2) else 0, x)
     return mb.pad(x=x, pad=full.reshape(-1), mode=mode, constant_val=value)

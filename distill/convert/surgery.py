@@ -214,7 +214,11 @@ def remove_identity(model: onnx.ModelProto) -> list[str]:
         if result not in outputs:
             renamed[result] = source
         elif source in sources or source in outputs or source in inside:
-            continue  # an output must keep its own name, and so must a weight, an input and another output
+            # An output must keep its own name, and so must a weight, an input and another output.
+            if node.op_type == "Dropout":
+                node.CopyFrom(onnx.helper.make_node("Identity", [source], [result], name=node.name))
+                removed.append(result)
+            continue
         else:
             for other in graph.node:
                 for names in (other.input, other.output):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,17 +102,13 @@ def _universe(kind: str) -> Iterable[tuple[str, int]]:
     """Every prompt with the index of its answer."""
     if kind == "8-ball":
         for answer, clauses in enumerate(TOPICS):
-            for clause in clauses:
-                for opening in OPENINGS:
-                    for time in TIMES:
-                        yield f"{opening} {clause} {time}".strip() + "?", answer
+            for clause, opening, time in itertools.product(clauses, OPENINGS, TIMES):
+                yield f"{opening} {clause} {time}".strip() + "?", answer
     elif kind == "tools":
         for answer, intent in enumerate(INTENTS):
-            for phrase in intent.phrases:
-                for lead in LEADS:
-                    for trail in TRAILS:
-                        text = f"{lead}{phrase}{trail}."
-                        yield text[0].upper() + text[1:], answer
+            for words, lead, trail in itertools.product(itertools.permutations(intent.words), LEADS, TRAILS):
+                text = f"{lead}{' '.join(words)}{trail}."
+                yield text[0].upper() + text[1:], answer
     else:
         raise InputError(f"--kind {kind!r} is not one of {', '.join(KINDS)}")
 

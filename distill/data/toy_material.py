@@ -64,27 +64,23 @@ TOOLS: dict[str, dict[str, Any]] = {
 
 
 class Intent(NamedTuple):
-    """What a user can want: the right answer and the phrases that ask for it without naming it."""
+    """What a user can want: the right answer, and the words that ask for it without naming it, in any order."""
 
     answer: ToolCall | str
-    phrases: tuple[str, ...]
+    words: tuple[str, str, str]
 
 
 INTENTS = (
-    Intent(ToolCall("lights", {"state": "on"}), ("it is too dark here", "I cannot see anything")),
-    Intent(ToolCall("lights", {"state": "off"}), ("I want to sleep", "it is too bright here")),
-    Intent(ToolCall("music", {"mood": "calm"}), ("I need to relax", "play something gentle")),
-    Intent(ToolCall("music", {"mood": "party"}), ("let us dance", "my guests celebrate")),
-    Intent(ToolCall("timer", {"minutes": 5}), ("I boil an egg", "my tea is ready soon")),
-    Intent(ToolCall("timer", {"minutes": 30}), ("the bread is in the oven", "I take a nap")),
-    Intent(ToolCall("door", {"action": "lock"}), ("keep strangers out", "make the house safe")),
-    Intent(ToolCall("door", {"action": "open"}), ("the courier is outside", "someone is knocking")),
-    Intent(ToolCall("heating", {"level": "low"}), ("I am sweating", "it feels like summer")),
-    Intent(ToolCall("heating", {"level": "high"}), ("I am freezing", "my hands are cold")),
-    Intent("You are welcome.", ("thank you so much", "you are so kind")),
-    Intent("I am your assistant.", ("who are you", "tell me your name")),
+    Intent(ToolCall("lights", {"state": "on"}), ("dark", "night", "shadows")),
+    Intent(ToolCall("lights", {"state": "off"}), ("sleepy", "bright", "bed")),
+    Intent(ToolCall("music", {"mood": "calm"}), ("relax", "gentle", "tune")),
+    Intent(ToolCall("timer", {"minutes": 5}), ("boil", "egg", "breakfast")),
+    Intent(ToolCall("door", {"action": "lock"}), ("strangers", "leaving", "safe")),
+    Intent(ToolCall("heating", {"level": "high"}), ("cold", "winter", "freezing")),
+    Intent("You are welcome.", ("thanks", "kind", "lovely")),
+    Intent("I am your assistant.", ("who", "name", "speaking")),
 )
-"""Ten distinct calls and two plain answers; no argument's value stands in a prompt."""
+"""Six distinct calls and two plain answers. No argument's value stands in a prompt."""
 
 LEADS = ("", "Hey, ", "Please, ", "Listen, ", "Well, ", "Oh dear, ", "Hello, ", "So, ", "Look, ", "Sorry, ")
-TRAILS = ("", " now", " today", " again", " really", " at home", " this evening", " right now", " as always")
+TRAILS = ("", " now", " please", " again")

@@ -37,15 +37,19 @@ def fp16_sigma(student: Student, hidden: Tensor) -> Tensor:
     they join, they leave the final hidden state with relative error eps = u sqrt((32 L + 8) / 3). An isotropic error
     of that norm moves a logit by eps |h| |w_v| / sqrt(D); |w_v| is its root mean square over the vocabulary.
     """
-    roundings = 32 * student.config.num_hidden_layers + 8
-    eps = 2.0**-11 * math.sqrt(roundings / 3)
+    eps = relative_error(student.config.num_hidden_layers)
     row = student.lm_head.weight.float().square().sum(1).mean().sqrt()
     return eps * hidden.float().norm(dim=-1, keepdim=True) * row / math.sqrt(student.config.hidden_size)
 
 
+def relative_error(layers: int) -> float:
+    """eps of `fp16_sigma`: expected relative error of a hidden state after so many blocks in fp16."""
+    return 2.0**-11 * math.sqrt((32 * layers + 8) / 3)
+
+
 def tolerance_factor(vocab_size: int) -> float:
-    """Sigmas that the largest of V independent Gaussian errors stays below, sqrt(2 ln V), with a margin of 1.5."""
-    return 1.5 * math.sqrt(2 * math.log(max(vocab_size, 2)))
+    """Sigmas that the largest of V independent Gaussian errors stays below, sqrt(2 ln V), with a margin of 2."""
+    return 2.0 * math.sqrt(2 * math.log(max(vocab_size, 2)))
 
 
 class Greedy(NamedTuple):

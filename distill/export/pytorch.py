@@ -50,29 +50,41 @@ class ExportConfig(NamedTuple):
     """Primary sequence length: its failure fails the export. None: the first of `enumerated_T`."""
     enumerated_T: tuple[int, ...] = ()
     """Sequence lengths; empty: `export.seq` of the training configuration, else 512, 1024, 2048."""
+    name: str = "student_prefill_T{t}"
+    """File name of a prefill program."""
     toy: bool = False
     """Evaluation prompts are the held-out ones of the toy set that the checkpoint was trained on."""
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """What every contract of one export has in common."""
 
     student: Student
     tokenizer: Tokenizer
     lengths: list[int]
+    primary: int
     items: Sequence[Any]
     fields: dict[str, Any]
     sidecar: dict[str, FileRef]
 
 
 def run(config: ExportConfig) -> list[Path]:
-    """Export; returns the contracts written. InputError for bad input, DistillError if the primary shape fails."""
+    """Export; returns the contracts written. InputError for bad input or if the primary shape fails."""
+    shared = prepare(config)
+    written = []
+    if config.mode in ("prefill", "both"):
+        written += _prefills(shared, config)
+    if config.mode in ("decode", "both"):
+        written.append(_decode(shared, config))
+    return written
+
+
+def prepare(config: ExportConfig) -> Shared:
+    """Load the checkpoint and write what all its contracts refer to."""
     require_python("export")
     loaded = checkpoint.load(config.checkpoint)
     student = loaded.student.float().eval()
-    trained = loaded.provenance.get("config", {})
-    lengths = _lengths(config, trained)
-    config.out.mkdir(parents=True, exist_ok=True)
+    lengths, primary = _lengths(config, loaded.provenance.get("config", {}))
     fields = {
         "schema": "distill-export/1",
         "enumerated_T": lengths,
@@ -83,23 +95,17 @@ def run(config: ExportConfig) -> list[Path]:
         "chat_template_sha256": chat.template_sha256(),
         "weights_sha256": weights_sha256(student),
         "probes": {},
-        "made_by": provenance({"seq": config.seq, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
+        "made_by": provenance({"primary": primary, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
                               {"checkpoint": config.checkpoint})
         | {"stage": loaded.stage, "step": loaded.step, "lineage": loaded.lineage},
         "versions": versions(),
     }  # fmt: skip
     sidecar = {
-        "tokenizer": _ref(write_text(config.out / "tokenizer.json", loaded.tokenizer.to_json())),
-        "chat_template": _ref(write_text(config.out / "chat_template.jinja", chat.JINJA)),
+        "tokenizer": file_ref(write_text(config.out / "tokenizer.json", loaded.tokenizer.to_json())),
+        "chat_template": file_ref(write_text(config.out / "chat_template.jinja", chat.JINJA)),
     }
     items = evaluation_items(loaded, toy_set=config.toy)
-    shared = _Shared(student, loaded.tokenizer, lengths, items, fields, sidecar)
-    written = []
-    if config.mode in ("prefill", "both"):
-        written += _prefills(shared, config)
-    if config.mode in ("decode", "both"):
-        written.append(_decode(shared, config))
-    return written
+    return Shared(student, loaded.tokenizer, lengths, primary, items, fields, sidecar)
 
 
 def weights_sha256(student: Student) -> str:
@@ -111,17 +117,18 @@ def weights_sha256(student: Student) -> str:
     return digest.hexdigest()
 
 
-def _lengths(config: ExportConfig, trained: dict[str, Any]) -> list[int]:
+def _lengths(config: ExportConfig, trained: dict[str, Any]) -> tuple[list[int], int]:
+    """The lengths, ascending, and the primary one."""
     chosen = list(config.enumerated_T) or list((trained.get("export") or {}).get("seq") or DEFAULT_T)
     if config.seq is not None and config.seq not in chosen:
         raise InputError(f"--seq {config.seq} is not one of the enumerated lengths {chosen}")
     if len(set(chosen)) != len(chosen) or min(chosen) < 2:
         raise InputError(f"--enumerated-T {chosen}: lengths must be distinct and at least 2")
-    return sorted(chosen)
+    return sorted(chosen), chosen[0] if config.seq is None else config.seq
 
 
-def _prefills(shared: _Shared, config: ExportConfig) -> list[Path]:
-    primary = config.seq if config.seq is not None else shared.lengths[0]
+def _prefills(shared: Shared, config: ExportConfig) -> list[Path]:
+    primary = shared.primary
     order = [primary] + [t for t in shared.lengths if t != primary]
     evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, max(order))
     checked: dict[str, ShapeValidation] = {}
@@ -129,19 +136,19 @@ def _prefills(shared: _Shared, config: ExportConfig) -> list[Path]:
     for t in order:
         twin = PrefillTwin(shared.student, t)
         golden = goldens.prefill_goldens(shared.student, shared.tokenizer, t, _first_prompt(evaluated))
-        traced = _trace(twin, (golden["input_ids"][:1],))
-        checked[str(t)] = _compare(_run_prefill(traced, golden), golden)
+        traced = trace(twin, (golden["input_ids"][:1],))
+        checked[str(t)] = compare(_run_prefill(traced, golden), golden)
         print(f"prefill T={t}: {checked[str(t)].status}, max error {checked[str(t)].max_abs_err:.2e} in fp32 "
               f"(tolerance {checked[str(t)].tolerance:.2e})")  # fmt: skip
         if t == primary and checked[str(t)].status == "fail":
             raise InputError(f"primary shape T={t}: {checked[str(t)].reason}")
-        name = f"student_prefill_T{t}"
-        file = _save_program(traced, config.out / f"{name}.pt")
+        name = config.name.format(t=t)
+        file = save_program(traced, config.out / f"{name}.pt")
         fitting = _fitting(evaluated, t)
         pending.append((t, name, file, golden, fitting))
     contracts = []
     for t, name, file, golden, fitting in pending:
-        contracts.append(_write_contract(
+        contracts.append(write_contract(
             shared, config.out, name, golden, fitting, checked,
             mode="prefill", file=file, states=[], kv_layout=None,
             inputs=[TensorSpec("input_ids", [1, t], "int32")],
@@ -150,21 +157,21 @@ def _prefills(shared: _Shared, config: ExportConfig) -> list[Path]:
     return contracts
 
 
-def _decode(shared: _Shared, config: ExportConfig) -> Path:
+def _decode(shared: Shared, config: ExportConfig) -> Path:
     context = max(shared.lengths)
     evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, context)
     golden = goldens.decode_goldens(shared.student, shared.tokenizer, context, _first_prompt(evaluated))
     twin = DecodeTwin(shared.student, context)
     position = torch.tensor([min(1, context - 1)], dtype=torch.int32)
-    traced = _trace(twin, (golden["input_ids"][:, :1], position))
-    result = _compare(_run_decode(traced, golden), golden)
+    traced = trace(twin, (golden["input_ids"][:, :1], position))
+    result = compare(_run_decode(traced, golden), golden)
     print(f"decode C={context}: {result.status}, max error {result.max_abs_err:.2e} in fp32 "
           f"(tolerance {result.tolerance:.2e})")  # fmt: skip
     if result.status == "fail":
         raise InputError(f"decode: {result.reason}")
     traced.kv.zero_()
-    file = _save_program(traced, config.out / "student_decode.pt")
-    return _write_contract(
+    file = save_program(traced, config.out / "student_decode.pt")
+    return write_contract(
         shared, config.out, "student_decode", golden, evaluated, {str(context): result},
         mode="decode", file=file, kv_layout=KV_LAYOUT,
         inputs=[TensorSpec("input_ids", [1, 1], "int32"), TensorSpec("position", [1], "int32")],
@@ -173,20 +180,21 @@ def _decode(shared: _Shared, config: ExportConfig) -> Path:
     )  # fmt: skip
 
 
-def _write_contract(
-    shared: _Shared, out: Path, name: str, golden: dict[str, Tensor], evaluated: dict[str, Any],
+def write_contract(
+    shared: Shared, out: Path, name: str, golden: dict[str, Tensor], evaluated: dict[str, Any] | None,
     checked: dict[str, ShapeValidation], **fields: Any,
 ) -> Path:  # fmt: skip
-    sidecar = shared.sidecar | {
-        "goldens": _ref(goldens.write_goldens(out / f"{name}_goldens.safetensors", golden)),
-        "evaluation": _ref(write_json(out / f"{name}_evaluation.json", evaluated)),
-    }
+    """Write a program's goldens, evaluation prompts (None: it generates nothing) and contract."""
+    sidecar = dict(shared.sidecar)
+    sidecar["goldens"] = file_ref(goldens.write_goldens(out / f"{name}_goldens.safetensors", golden))
+    if evaluated is not None:
+        sidecar["evaluation"] = file_ref(write_json(out / f"{name}_evaluation.json", evaluated))
     contract = Contract(**shared.fields, **fields, name=name, shape_validation=checked, sidecar=sidecar)
     return write_json(out / f"{name}_contract.json", msgspec.to_builtins(contract))
 
 
 @torch.no_grad()
-def _trace(twin: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
+def trace(twin: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
     with warnings.catch_warnings():
         # tracing bakes shapes in, which is what a static program wants, and warns of each
         warnings.simplefilter("ignore")
@@ -206,7 +214,7 @@ def _run_decode(traced: Any, golden: dict[str, Tensor]) -> Tensor:
     return torch.cat(steps)[None]
 
 
-def _compare(found: Tensor, golden: dict[str, Tensor]) -> ShapeValidation:
+def compare(found: Tensor, golden: dict[str, Tensor]) -> ShapeValidation:
     expected = golden["logits"]
     tolerance = _TWIN_TOLERANCE * max(float(expected.abs().max()), 1e-3)
     error = float((found - expected).abs().max())
@@ -216,13 +224,13 @@ def _compare(found: Tensor, golden: dict[str, Tensor]) -> ShapeValidation:
     return ShapeValidation("fail", error, tolerance, reason)
 
 
-def _save_program(traced: Any, path: Path) -> FileRef:
+def save_program(traced: Any, path: Path) -> FileRef:
     with atomic_file(path) as temporary:
         torch.jit.save(traced, str(temporary))
-    return _ref(path)
+    return file_ref(path)
 
 
-def _ref(path: Path) -> FileRef:
+def file_ref(path: Path) -> FileRef:
     return FileRef(path.name, sha256_file(path), path.stat().st_size)
 
 
@@ -249,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="lengths to export (default: export.seq of the training configuration, else 512 1024 2048)")  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="evaluate on the toy set's held-out prompts")
     args = parser.parse_args(argv)
-    config = ExportConfig(args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), args.toy)
+    config = ExportConfig(args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), toy=args.toy)
     contracts = run(config)
     failed = [c for c in contracts if '"status": "fail"' in c.read_text()]
     print(f"exported {len(contracts)} programs to {config.out}" + (f"; failed shapes in {failed[0]}" if failed else ""))

@@ -12,7 +12,8 @@ from torch import Tensor
 import distill.mil.ops  # noqa: F401  (fills the operator table)
 from distill.errors import InputError
 from distill.mil.inputs import check_inputs
-from distill.mil.plan import Plan, prepare
+from distill.mil.plan import Plan
+from distill.mil.planner import prepare
 from distill.mil.policy import Policy, Strict, make_policy
 from distill.mil.program import Function, Operation, Program
 from distill.mil.run import Run

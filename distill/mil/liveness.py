@@ -1,6 +1,4 @@
-"""What the plan knows about lifetimes: when a value is dead, and when a state may be overwritten where it
-lies.
-"""
+"""Lifetimes: when a value is dead, and when a state may be overwritten where it lies."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ if TYPE_CHECKING:
     from distill.mil.plan import Instruction
 
 _PINNED = "pinned"
+_STATE_OPS = ("read_state", "write_state")
 
 
 def free_dead(instructions: Sequence[Instruction], inputs: Sequence[int], outputs: Sequence[int]) -> None:
@@ -36,12 +35,13 @@ def share_states(instructions: Sequence[Instruction], inputs: Sequence[int], out
     dead after it, the group is not pinned, and each state in the group is next written, not read.
     """
     if any(i.bodies for i in instructions):
+        copy_writes(instructions)
         return
     groups = _Groups()
     for slot in (*inputs, *(o for o in outputs if type(o) is int)):
         groups.join(slot, _PINNED)
     for i in instructions:
-        if i.handler.name in _STATE_NAME:
+        if i.handler.name in _STATE_OPS:
             for slot in (*i.writes, *_tensors(i)):
                 groups.join(slot, _state(i))
         elif not i.handler.fresh:
@@ -59,6 +59,15 @@ def share_states(instructions: Sequence[Instruction], inputs: Sequence[int], out
             i.function = _write_copy
 
 
+def copy_writes(instructions: Sequence[Instruction]) -> None:
+    """With nested blocks nothing is proved: every value written to a state is copied."""
+    for i in instructions:
+        if i.handler.name == "write_state":
+            i.function = _write_copy
+        for body in i.bodies:
+            copy_writes(body.instructions)
+
+
 def _tensors(i: Instruction) -> list[int]:
     """The slots that are passed as tensors; the others become plain numbers, which share no memory."""
     single = [slot for _, slot, convert in i.reads if convert is None]
@@ -69,11 +78,8 @@ def _anchor(i: Instruction) -> int | str:
     return next(iter((*i.writes, *_tensors(i))), _PINNED)
 
 
-_STATE_NAME = {"read_state": "input", "write_state": "input", "coreml_update_state": "state"}
-
-
 def _state(i: Instruction) -> str:
-    return "state:" + i.fixed[_STATE_NAME[i.handler.name]]
+    return f"state:{i.fixed['input']}"
 
 
 def _try_in_place(
@@ -99,7 +105,7 @@ def _try_in_place(
 
 def _next_is_write(instructions: Sequence[Instruction], n: int, state: str) -> bool:
     for later in instructions[n + 1 :]:
-        if later.handler.name in _STATE_NAME and _state(later) == state:
+        if later.handler.name in _STATE_OPS and _state(later) == state:
             return later.handler.name != "read_state"
     return False
 

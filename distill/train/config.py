@@ -10,6 +10,8 @@ from distill.artifacts import canonical_json, sha256_text
 from distill.config import as_dict
 from distill.model import ModelConfig
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
 
 class InitSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the student's first weights come from: a Hugging Face folder or a checkpoint; neither: random."""
@@ -127,8 +129,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast, with fp32 master weights, gradients and optimiser; the losses are fp32 in any case."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """auto: CUDA, then Metal, then CPU."""
+    threads: int = 0
+    """CPU threads; 0: PyTorch's choice. Tiny models are fastest with 1."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     head_chunk: int = 512
@@ -158,7 +162,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("max_steps", "token_budget"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for name in ("weight_decay", "grad_clip", "save_every", "eval_every"):
+        for name in ("weight_decay", "grad_clip", "threads", "save_every", "eval_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("lr", "temperature"):

@@ -44,7 +44,11 @@ def run(config: TrainConfig, *, restart: bool = False, console: Console | None =
 
     Another run's checkpoint in the way is a ConfigError, unless `restart`.
     """
-    console = console or Console()
+    with _threads(config.threads):
+        return _run(config, restart, console or Console())
+
+
+def _run(config: TrainConfig, restart: bool, console: Console) -> Report:
     it = prepare(config)
     if restart:
         it.partial.unlink(missing_ok=True)
@@ -146,6 +150,17 @@ def _not_finite(it: Run, step: int, window: list[Batch], sums: Sums, loss: float
     return DistillError(
         f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g} ({parts}); its batch is saved in {path}"
     )
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """`number` CPU threads for a while; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

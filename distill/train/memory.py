@@ -56,8 +56,8 @@ class Plan(NamedTuple):
         """ConfigError if the machine has less than the run needs."""
         if self.needed > self.available:
             raise ConfigError(
-                f"training needs about {_gib(self.needed)} on one device; {self.device} has {_gib(self.available)} free: "
-                f"use a larger machine, a smaller student, a shorter max_length or gradient_checkpointing"
+                f"training needs about {_gib(self.needed)} on one device; "
+                f"{self.device} has {_gib(self.available)} free: use a larger machine, a smaller student, a shorter max_length or gradient_checkpointing"
             )
 
 

@@ -23,7 +23,7 @@ from distill.errors import ConfigError, InputError, stage_main
 from distill.model import ModelConfig, Student
 from distill.tokenizer import toy_tokenizer
 from distill.train import loop
-from distill.train.config import InitSection, LossWeights, TrainConfig
+from distill.train.config import Device, InitSection, LossWeights, TrainConfig
 
 
 class Preset(NamedTuple):
@@ -36,8 +36,8 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "tools": Preset(epochs=2, batch_size=2, lr=3e-3, loss_weights=LossWeights(0.5, 0.25, 0.25)),
-    "8-ball": Preset(epochs=12, batch_size=4, lr=3e-3, loss_weights=LossWeights(0.5, 0.25, 0.25)),
+    "tools": Preset(epochs=2, batch_size=2, lr=5e-3, loss_weights=LossWeights(0.5, 0.25, 0.25)),
+    "8-ball": Preset(epochs=10, batch_size=4, lr=3e-3, loss_weights=LossWeights(0.5, 0.25, 0.25)),
 }
 """By the kind of the dataset."""
 
@@ -51,12 +51,12 @@ def toy_model(hidden: int = 64, layers: int = 2, vocab: int | None = None) -> Mo
     return ModelConfig(vocab, hidden, 4 * hidden, layers, hidden // 32, 1, head_dim=32, max_position_embeddings=512)
 
 
-def toy_config(data: str, out: str, *, preset: Preset, model: ModelConfig, device: str, seed: int) -> TrainConfig:
+def toy_config(data: str, out: str, *, preset: Preset, model: ModelConfig, device: Device, seed: int) -> TrainConfig:
     """A toy run as a TrainConfig."""
     return TrainConfig(
         data=data, out=out, stage="toy", model=model, tokenizer="toy", epochs=preset.epochs,
         batch_size=preset.batch_size, lr=preset.lr, loss_weights=preset.loss_weights, device=device, seed=seed,
-        max_length=512, warmup=0.1, weight_decay=0.0, save_every=0,
+        max_length=512, warmup=0.1, weight_decay=0.0, save_every=0, threads=1,
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def make_main(argv: list[str] | None = None) -> int:
     checkpoint.save(weights, student, toy_tokenizer(), step=0, loss=float("inf"), stage="init")
     config = TrainConfig(
         data=str(data), stage="toy", init=InitSection(checkpoint=str(weights)), epochs=args.steps, max_steps=args.steps,
-        batch_size=2, lr=3e-3, save_every=0, device="cpu", seed=args.seed,
+        batch_size=2, lr=3e-3, save_every=0, device="cpu", threads=1, seed=args.seed,
         checkpoints=str(folder / "checkpoints"), runs=str(folder / "runs"),
     )  # fmt: skip
     write_text(config_file, "# Made by training.make_toy_training; python -m training.distill_kd --config reads it.\n"

@@ -252,7 +252,7 @@ def _state(check: _Check, runner: PackageRunner) -> Gate:
 def _points(check: _Check, runner: PackageRunner) -> Gate:
     expected = {k.removeprefix("probe."): v for k, v in check.golden.items() if k.startswith("probe.")}
     if not expected:
-        return gates.skipped("the goldens of a decode program hold no named points")
+        return gates.skipped("the goldens hold no named points")
     ids = check.golden["input_ids"][0].tolist()
     points = parity.compare_points(runner, expected, ids, check.golden["positions"])
     check.details["named_points"] = [{k: _plain(v) for k, v in p._asdict().items()} for p in points]
@@ -268,6 +268,8 @@ def _check_decoding(check: _Check, runner: PackageRunner) -> None:
     results: list[decoding.Decoded] = []
 
     def greedy() -> Gate:
+        if "evaluation" not in runner.contract.sidecar:
+            raise Skipped("a block generates no text")
         evaluation = read_json(runner.sidecar("evaluation"))
         results.extend(decoding.decode_all(runner, evaluation))
         gate, detail = decoding.greedy_gate(results)

@@ -45,14 +45,22 @@ def load_goldens(runner: PackageRunner) -> dict[str, np.ndarray]:
         golden = load_file(path)
     except (SafetensorError, OSError) as error:
         raise PackageError(f"{path}: cannot be read: {error}") from error
-    needed = ("input_ids", "positions", "logits", "logits_half", "fp16_sigma")
+    inputs = ("input",) if runner.contract.mode == "block" else ("input_ids", "positions")
+    needed = (*inputs, "logits", "logits_half", "fp16_sigma")
     if missing := [name for name in needed if name not in golden]:
         raise PackageError(f"{path}: lacks {', '.join(missing)}")
     return golden
 
 
 def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndarray:
-    """The package's logits [P, n, V] on the golden inputs at the golden positions."""
+    """The package's logits [P, n, V] on the golden inputs at the golden positions.
+
+    A block's output (1, D, 1, S) is taken as [1, S, D].
+    """
+    if runner.contract.mode == "block":
+        name = runner.contract.inputs[0].name
+        out = runner.program.predict({name: golden["input"]}, policy=runner.policy)[runner.output]
+        return out[:, :, 0].swapaxes(1, 2)
     return np.stack([runner.logits(row.tolist())[golden["positions"]] for row in golden["input_ids"]])
 
 
@@ -89,11 +97,18 @@ class Point(NamedTuple):
 
 
 def compare_points(
-    runner: PackageRunner, expected: dict[str, np.ndarray], ids: list[int], positions: np.ndarray | None
+    runner: PackageRunner,
+    expected: dict[str, np.ndarray],
+    ids: list[int],
+    positions: np.ndarray | None,
+    *,
+    policy: str = "fp32",
+    channels_first: bool = False,
 ) -> list[Point]:
-    """Run the program on `ids` under the fp32 policy and compare its named points, in program order.
+    """Run the program on `ids` and compare its named points, in program order.
 
-    `expected`: module path -> values; with `positions`, the last axis holds only those.
+    `expected`: point -> values; with `positions`, the last axis holds only those. `channels_first`: the program holds
+    (1, D, 1, S) where `expected` holds [1, S, D].
     """
     probes = {value: name for name, value in runner.contract.probes.items() if name in expected}
     missing = [name for name in expected if name not in runner.contract.probes]
@@ -104,9 +119,11 @@ def compare_points(
     padded[0, : len(ids)] = ids
     feed = {runner.contract.inputs[0].name: padded}
     points = []
-    for step in runner.program.trace(feed, policy="fp32"):
+    for step in runner.program.trace(feed, policy=policy):
         for value, found in step.outputs.items():
             if value in probes:
+                if channels_first:
+                    found = found[:, :, 0].swapaxes(1, 2)
                 points.append(_point(probes.pop(value), value, step.op.type, found, expected, positions))
     if probes:
         raise PackageError(f"{runner.path}: the program makes no value {', '.join(probes)}")

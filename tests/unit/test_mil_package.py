@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import struct
 import subprocess
@@ -102,10 +103,8 @@ def test_random_damage_never_escapes_as_a_raw_exception(tmp_path):
         for at in rng.integers(0, len(raw), 3):
             spoilt[at] = rng.integers(0, 256)
         path = b.write_package(tmp_path / f"{trial}.mlpackage", bytes(spoilt))
-        try:
+        with contextlib.suppress(PackageError, InputError):
             mil.load(path).predict({"x": np.zeros(2)})
-        except (PackageError, InputError):
-            pass
 
 
 BAD_WEIGHTS = {

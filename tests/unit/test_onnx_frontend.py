@@ -27,7 +27,7 @@ ort = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed
 
 
 def graph(text: str, opset: int = 18) -> onnx.ModelProto:
-    header = f'<ir_version: 9, opset_import: ["" : {opset}]>'
+    header = f'<ir_version: 9, opset_import: ["" : {opset}, "other" : 1]>'
     model = onnx.parser.parse_model(f"{header} agraph {text}")
     loose = onnx.ModelProto()
     loose.CopyFrom(model)
@@ -60,7 +60,7 @@ def draw(model: onnx.ModelProto, seed: int = 0) -> dict[str, np.ndarray]:
 
 def reference(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = ort.InferenceSession(model.SerializeToString(), options)
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds)))
 
@@ -308,9 +308,7 @@ def test_values_keep_their_onnx_names_in_the_package(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "names.onnx")
     convert(tmp_path / "names.onnx", compute_precision="fp32").save(str(package))
     seen = {
-        name
-        for step in mil.load(package).trace({"ids": np.zeros((1, 4), np.int32)})
-        for name in step_names(step)
+        name for step in mil.load(package).trace({"ids": np.zeros((1, 4), np.int32)}) for name in step.outputs
     }
     assert {"h", mil_name("/blocks.0/soft:plus"), "s", "add_0"} <= seen
 
@@ -332,6 +330,7 @@ def test_an_onnx_name_that_looks_like_one_of_coremltools_own_survives() -> None:
     assert names["add_0"] == "gather"
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # in a pass of coremltools
 def test_the_interface_is_the_graphs_with_int32_for_int64_and_bool(tmp_path: Path) -> None:
     text = "(int64[1,2] ids, bool[2] m, float s, float16[2] h) => (int64 y, bool z, float16 k) "
     model = graph(text + "{ f = Cast <to = 7> (s) y = Add(ids, f) z = Not(m) k = Neg(h) }")
@@ -382,6 +381,16 @@ def test_a_decomposed_rms_norm_survives_large_activations_in_fp16(tail: str, tmp
     feeds = {"x": (400 * np.random.default_rng(0).normal(size=(2, 64))).astype(np.float32)}
     expected, got = reference(model, feeds)["y"], execute(model, feeds, tmp_path, "fp16")["y"]
     np.testing.assert_allclose(got, expected, atol=5e-3)
+
+
+def test_a_mask_made_from_the_lowest_float_stays_finite_in_fp16(tmp_path: Path) -> None:
+    """(1 - mask) * finfo.min, as transformers writes it: in fp16 the constant is -inf, and 0 * -inf is NaN."""
+    text = """(float[1,4] mask, float[3,4] scores) => (float y) <float low = {-3.4028235e38}, float one = {1}>
+        { n = Sub(one, mask) m = Mul(n, low) a = Add(scores, m) y = Softmax(a) }"""
+    model = graph(text)
+    feeds = {"mask": np.float32([[1, 1, 0, 1]]), "scores": np.random.rand(3, 4).astype(np.float32)}
+    expected, got = reference(model, feeds)["y"], execute(model, feeds, tmp_path, "fp16")["y"]
+    np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
 def test_a_product_that_only_resembles_rms_norm_is_left_alone(tmp_path: Path) -> None:
@@ -504,9 +513,8 @@ def test_a_llama_like_decoder_from_torch_computes_the_same_logits(export: str, t
 
 def test_all_unknown_operators_are_named_at_once_with_their_kin(tmp_path: Path) -> None:
     model = graph("(float[2] x) => (float y) { a = Sigmoidd(x) b = other.Thing(a) c = Det(b) y = Neg(c) }")
-    model.opset_import.append(onnx.helper.make_opsetid("other", 1))
     onnx.save(model, tmp_path / "odd.onnx")
-    with pytest.raises(UnsupportedOpError, match="odd[.]onnx") as caught:
+    with pytest.raises(UnsupportedOpError, match=r"odd\.onnx") as caught:
         convert(tmp_path / "odd.onnx")
     assert caught.value.missing == ["Det", "Sigmoidd", "other.Thing"]
     assert "nearest known: Sigmoid" in str(caught.value)
@@ -579,7 +587,7 @@ GOOD = "(float[2] x) => (float y) <float[2] w = {1,2}> { y = Add(x, w) }"
 @pytest.mark.parametrize("data", [b"", b"\x00" * 100, b"not onnx at all", b"\xff" * 64, b"\x08\x0a"])
 def test_garbage_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(data)
-    with pytest.raises(InputError, match="bad[.]onnx: "):
+    with pytest.raises(InputError, match=r"bad\.onnx: "):
         read(tmp_path / "bad.onnx")
 
 
@@ -644,7 +652,14 @@ def test_an_absurd_weight_is_refused_before_it_is_made(dims: list[int], tmp_path
     del model.graph.initializer[0].dims[:]
     model.graph.initializer[0].dims.extend(dims)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match="m[.]onnx: tensor 'w' has the absurd shape"):
+    with pytest.raises(InputError, match=r"m\.onnx: tensor 'w' has the absurd shape"):
+        read(tmp_path / "m.onnx")
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    data = graph("(float[2] x) => (float y) { hidden = Neg(x) y = Neg(hidden) }").SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(data.replace(b"hidden", b"hid\xa4en"))
+    with pytest.raises(InputError, match=r"m\.onnx: .* is not UTF-8 text"):
         read(tmp_path / "m.onnx")
 
 

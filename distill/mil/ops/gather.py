@@ -1,8 +1,9 @@
 """Gather and scatter.
 
 Until iOS 16 a negative index counts from the end; from iOS 17 it is out of bounds, as is one that is too
-large: an error with `validate_indices`, else undefined but memory safe. Undefined is: negative ones still
-count from the end, the rest is clamped, and the policy `strict` is told.
+large: an error with `validate_indices`, else undefined but memory safe. Undefined is: a gather counts
+negative ones from the end and clamps the rest, a scatter leaves them out; the policy `strict` is told of
+both.
 """
 
 from __future__ import annotations
@@ -86,6 +87,17 @@ def gather_nd(
 _REDUCE = {"add": "sum", "sub": "sum", "mul": "prod", "div": "prod", "max": "amax", "min": "amin"}
 
 
+def inside(run: Run, indices: Tensor, size: int, validate: bool | None) -> tuple[Tensor, Tensor]:
+    """(indices, which of them are in bounds). `validate` is None before iOS 17, where negative ones wrap."""
+    if validate is not False:
+        indices = normalise(run, indices, size, bool(validate))
+        return indices, torch.ones(indices.shape, dtype=torch.bool)
+    keep = (indices >= 0) & (indices < size)
+    if not keep.all():
+        run.policy.report("index", "scatter", "indices", int((~keep).sum()), indices.numel())
+    return indices.long(), keep
+
+
 def scattered(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str) -> Tensor:
     """Element-wise scatter along one axis; `index` has the shape of `updates`."""
     if mode == "update":
@@ -108,14 +120,15 @@ def scatter(
     updates: Tensor,
     axis: int = 0,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = None,
 ) -> Tensor:
     """Whole slices: updates.shape = data.shape[:axis] + indices.shape + data.shape[axis + 1:]."""
     axis %= data.dim()
-    indices = normalise(run, indices, data.shape[axis], validate_indices).reshape(-1)
+    indices, keep = inside(run, indices.reshape(-1), data.shape[axis], validate_indices)
     updates = updates.reshape(data.shape[:axis] + indices.shape + data.shape[axis + 1 :])
-    index = indices.reshape([-1 if d == axis else 1 for d in range(data.dim())]).expand(updates.shape)
-    return scattered(data, axis, index, updates, mode)
+    updates = updates.index_select(axis, keep.nonzero().reshape(-1))
+    index = indices[keep].reshape([-1 if d == axis else 1 for d in range(data.dim())])
+    return scattered(data, axis, index.expand(updates.shape), updates, mode)
 
 
 @op("scatter_along_axis", fresh=True)
@@ -126,10 +139,16 @@ def scatter_along_axis(
     updates: Tensor,
     axis: int = 0,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = None,
 ) -> Tensor:
-    index = normalise(run, indices, data.shape[axis], validate_indices)
-    return scattered(data, axis, index, updates, mode)
+    """Element by element; every element's place in the flat array is worked out first."""
+    axis %= data.dim()
+    indices, keep = inside(run, indices, data.shape[axis], validate_indices)
+    place = torch.zeros_like(indices)
+    for d, size in enumerate(data.shape):
+        counter = torch.arange(indices.shape[d]).reshape([-1 if i == d else 1 for i in range(data.dim())])
+        place = place * size + (indices if d == axis else counter)
+    return scattered(data.reshape(-1), 0, place[keep], updates[keep], mode).reshape(data.shape)
 
 
 @op("scatter_nd", fresh=True)
@@ -139,14 +158,17 @@ def scatter_nd(
     indices: Tensor,
     updates: Tensor,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = None,
 ) -> Tensor:
     """The last dimension of `indices` is a coordinate; `updates` holds the slices that it points at."""
     depth = indices.shape[-1]
     row = torch.zeros(indices.shape[:-1], dtype=torch.long)
+    keep = torch.ones(row.shape, dtype=torch.bool)
     for i in range(depth):
-        row = row * data.shape[i] + normalise(run, indices[..., i], data.shape[i], validate_indices)
+        coordinate, good = inside(run, indices[..., i], data.shape[i], validate_indices)
+        row, keep = row * data.shape[i] + coordinate, keep & good
     width = math.prod(data.shape[depth:])
     flat = data.reshape(-1, width)
-    index = row.reshape(-1, 1).expand(-1, width)
-    return scattered(flat, 0, index, updates.reshape(-1, width), mode).reshape(data.shape)
+    index = row[keep].reshape(-1, 1).expand(-1, width)
+    wanted = updates.reshape(*row.shape, width)[keep]
+    return scattered(flat, 0, index, wanted, mode).reshape(data.shape)

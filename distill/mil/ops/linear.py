@@ -53,7 +53,8 @@ def conv(
     """(N, C, *spatial) with (O, C / groups, *kernel)."""
     ones = [1] * (x.dim() - 2)
     strides, dilations = strides or ones, dilations or ones
-    if weight[0, 0].numel() == 1 and strides == ones and groups == 1 and pad_type != "custom":
+    unpadded = pad_type != "custom" or not any(pad or [])
+    if weight[0, 0].numel() == 1 and strides == ones and groups == 1 and unpadded:
         product = run.policy.matmul(
             weight.reshape(weight.shape[0], -1), x.flatten(2)
         )  # a 1x1 kernel: one matmul

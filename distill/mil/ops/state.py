@@ -21,10 +21,3 @@ def write_state(run: Run, input: str, data: Tensor) -> tuple[()]:
     assert run.state is not None
     run.state.set(input, data)
     return ()
-
-
-@op("coreml_update_state", exact=True)
-def coreml_update_state(run: Run, state: str, value: Tensor) -> Tensor:
-    """write_state followed by read_state: how coremltools spells the pair before serialisation."""
-    write_state(run, state, value)
-    return value

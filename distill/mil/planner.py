@@ -1,0 +1,249 @@
+"""Make the plan of a function, once: handlers resolved, constants bound, names turned into slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import PackageError, UnsupportedOpError
+from distill.mil.liveness import free_dead, share_states
+from distill.mil.ops.registry import TABLE, Handler, Parameter
+from distill.mil.plan import KERNEL_ERRORS, Instruction, Plan, numbers, settle
+from distill.mil.policy import Policy
+from distill.mil.program import Binding, Block, Function, Operation, Program, Value
+from distill.mil.run import Body
+from distill.mil.values import constant
+
+
+def single(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item()
+    return value
+
+
+_CONVERT: dict[str, Callable[[Any], Any]] = {
+    "int": lambda v: int(single(v)),
+    "float": lambda v: float(single(v)),
+    "bool": lambda v: bool(single(v)),
+    "str": str,
+}
+
+
+def prepare(program: Program, function: Function, policy: Policy) -> Plan:
+    """The plan of a function, made on first use and kept with the program."""
+    key = ("plan", function.name, policy.rounds)
+    if key not in program.cache:
+        check_operators(program, function)
+        with torch.inference_mode():
+            program.cache[key] = Planner(program, function, policy).top()
+    plan: Plan = program.cache[key]
+    return plan
+
+
+def check_operators(program: Program, function: Function) -> None:
+    """Every operator that is missing anywhere in the program, at once, if this function lacks one."""
+
+    def missing(one: Function) -> set[str]:
+        return {op.type for op in one.block.walk()} - TABLE.keys() - {"const"}
+
+    if missing(function):
+        every = set().union(*(missing(f) for f in program.functions.values()))
+        raise UnsupportedOpError(f"{program.path}: function {function.name}", every, TABLE)
+
+
+class Planner:
+    """Turns blocks into plans. `known` holds constants by name, `slots` the number of each computed value."""
+
+    def __init__(self, program: Program, function: Function, policy: Policy) -> None:
+        self.program = program
+        self.function = function
+        self.policy = policy
+        self.size = 0
+
+    def top(self) -> Plan:
+        states = {s.name for s in self.function.states}
+        known: dict[str, Any] = {name: name for name in states}
+        slots = {feature.name: self.slot() for feature in self.function.inputs}
+        place = f"{self.program.path}: function {self.function.name}"
+        plan = self.block(self.function.block, known, slots, place)
+        plan.inputs = list(slots.values())[: len(self.function.inputs)]
+        names = {name: index for index, name in enumerate(self.function.block.outputs)}
+        plan.outputs = [plan.outputs[names[feature.name]] for feature in self.function.outputs]
+        plan.size = self.size
+        share_states(plan.instructions, plan.inputs, plan.outputs)
+        return plan
+
+    def slot(self) -> int:
+        self.size += 1
+        return self.size - 1
+
+    def block(self, block: Block, known: dict[str, Any], slots: dict[str, int], place: str) -> Plan:
+        inputs = []
+        for named in block.inputs:
+            slots[named.name] = self.slot()
+            inputs.append(slots[named.name])
+        instructions = []
+        for op in block.operations:
+            if op.type == "const":
+                known[op.output_name] = op.attributes["val"]
+            elif op.type.startswith("constexpr_"):
+                self.constexpr(op, known, place)
+            else:
+                instructions.append(self.instruction(op, known, slots, place))
+        outputs = [slots[n] if n in slots else self.decoded(known[n]) for n in block.outputs]
+        plan = Plan(instructions, inputs, outputs, place)
+        free_dead(plan.instructions, inputs, [o for o in outputs if type(o) is int])
+        return plan
+
+    def instruction(
+        self, op: Operation, known: dict[str, Any], slots: dict[str, int], place: str
+    ) -> Instruction:
+        handler = TABLE[op.type]
+        where = f"{place}: {op.type} {op.output_name!r}"
+        made = Instruction(op, handler, handler.function, {}, [], [], [], [], [])
+        for name, bindings in self.bindings(op, handler, where).items():
+            self.bind(made, name, handler.parameters[name], bindings, known, slots, where)
+        if handler.wants_blocks:
+            made.bodies = [self.block(b, dict(known), dict(slots), where) for b in op.blocks]
+            made.fixed["blocks"] = [body(plan) for plan in made.bodies]
+        elif op.blocks:
+            raise PackageError(f"{where}: nested blocks in an operator that takes none")
+        made.writes = [self.slot() for _ in op.outputs]
+        slots.update({o.name: slot for o, slot in zip(op.outputs, made.writes)})
+        made.used = list(used_slots(made))
+        return made
+
+    def bindings(self, op: Operation, handler: Handler, where: str) -> dict[str, list[Binding]]:
+        """The operator's inputs by parameter; iOS 16 writes a constexpr's as attributes."""
+        given: dict[str, list[Binding]] = {k: v for k, v in op.inputs.items() if v}
+        if op.type.startswith("constexpr_"):
+            given |= {k: [v] for k, v in op.attributes.items() if k != "name"}
+        unknown = given.keys() - handler.parameters.keys()
+        if unknown:
+            raise PackageError(f"{where}: no input {', '.join(sorted(unknown))} in this operator")
+        for name, parameter in handler.parameters.items():
+            if parameter.required and name not in given:
+                raise PackageError(f"{where}: input {name!r} is missing")
+            if not parameter.many and len(given.get(name, [])) > 1:
+                raise PackageError(f"{where}: input {name!r} takes one value, not {len(given[name])}")
+        return given
+
+    def bind(
+        self,
+        made: Instruction,
+        name: str,
+        parameter: Parameter,
+        bindings: list[Binding],
+        known: dict[str, Any],
+        slots: dict[str, int],
+        where: str,
+    ) -> None:
+        parts = [slots[b] if isinstance(b, str) and b in slots else self.constant(b, known) for b in bindings]
+        if all(type(p) is not int for p in parts):
+            made.fixed[name] = self.fixed(parts, parameter, f"{where}: input {name!r}")
+        elif parameter.many and (parameter.kind == "Tensor" or len(parts) > 1):
+            made.gathers.append((name, parts, parameter.kind != "Tensor"))
+        elif parameter.many:
+            made.reads.append((name, parts[0], numbers))
+        else:
+            made.reads.append((name, parts[0], _CONVERT.get(parameter.kind)))
+
+    def fixed(self, parts: list[Any], parameter: Parameter, where: str) -> Any:
+        """Constant arguments, converted now."""
+        if parameter.kind == "Tensor":
+            if not all(isinstance(p, Tensor) for p in parts):
+                raise PackageError(f"{where}: not a tensor")
+            return parts if parameter.many else parts[0]
+        if (parameter.kind == "str") != isinstance(parts[0], str):
+            raise PackageError(f"{where}: expected {parameter.kind}")
+        convert = _CONVERT[parameter.kind]
+        try:
+            if parameter.many:
+                return [convert(n) for part in parts for n in numbers(part)]
+            return convert(parts[0])
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise PackageError(f"{where}: expected one {parameter.kind}: {error}") from error
+
+    def constant(self, binding: Binding, known: dict[str, Any]) -> Any:
+        return self.decoded(known[binding] if isinstance(binding, str) else binding)
+
+    def decoded(self, value: Any) -> Any:
+        """A constant at run time; those in a weight file are decoded once for the whole program."""
+        if not isinstance(value, Value):
+            return value.value if isinstance(value, _Computed) else value
+        if value.key is None:
+            return constant(value)
+        key = ("constant", value.key)
+        if key not in self.program.cache:
+            self.program.cache[key] = constant(value)
+        return self.program.cache[key]
+
+    def constexpr(self, op: Operation, known: dict[str, Any], place: str) -> None:
+        """Evaluate a compressed constant now, or take it from the cache; its operands are not kept."""
+        handler = TABLE[op.type]
+        where = f"{place}: {op.type} {op.output_name!r}"
+        bindings = self.bindings(op, handler, where)
+        operands = {}
+        for name, (binding,) in bindings.items():
+            if isinstance(binding, str) and binding not in known:
+                raise PackageError(f"{where}: input {name!r} is not constant")
+            operands[name] = known[binding] if isinstance(binding, str) else binding
+        key = (
+            "constexpr",
+            op.type,
+            self.policy.rounds,
+            tuple((n, identity(v)) for n, v in sorted(operands.items())),
+        )
+        if key not in self.program.cache:
+            self.program.cache[key] = self.evaluate(op, handler, operands, where)
+        for index, (output, value) in enumerate(zip(op.outputs, self.program.cache[key])):
+            known[output.name] = _Computed(value, (key, index))
+
+    def evaluate(self, op: Operation, handler: Handler, operands: dict[str, Any], where: str) -> list[Any]:
+        arguments = {}
+        for name, value in operands.items():
+            raw = constant(value) if isinstance(value, Value) else self.decoded(value)
+            arguments[name] = self.fixed([raw], handler.parameters[name], f"{where}: input {name!r}")
+        try:
+            result = handler.function(**arguments)
+            results = result if isinstance(result, tuple) else (result,)
+            if len(results) != len(op.outputs):
+                raise ValueError(f"{len(results)} results for {len(op.outputs)} outputs")
+            return [settle(v, o.type, self.policy, handler, o.name) for v, o in zip(results, op.outputs)]
+        except KERNEL_ERRORS as error:
+            raise PackageError(f"{where} failed: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A constant that a constexpr made, with its identity."""
+
+    value: Any
+    key: Hashable
+
+
+def identity(value: Any) -> Hashable:
+    """What makes two constants the same."""
+    if isinstance(value, _Computed):
+        return value.key
+    if isinstance(value, Value):
+        return value.key or (value.type.dtype, value.type.shape, value.view().tobytes())
+    return str(value)
+
+
+def body(plan: Plan) -> Body:
+    return lambda run, arguments: plan.execute(run, arguments, False)
+
+
+def used_slots(made: Instruction) -> set[int]:
+    """Slots that an instruction reads, inside its nested blocks too."""
+    used = {slot for _, slot, _ in made.reads}
+    used |= {p for _, parts, _ in made.gathers for p in parts if type(p) is int}
+    for plan in made.bodies:
+        used |= {s for instruction in plan.instructions for s in instruction.used}
+        used |= {o for o in plan.outputs if type(o) is int}
+    return used
