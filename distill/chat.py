@@ -35,7 +35,7 @@ JINJA = (
     "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
     "{%- for call in message.tool_calls or [] %}"
     "{%- set f = call.function if call.function is defined else call %}"
-    '{{- \'<tool_call>{"name": \' + (f.name | tojson) + \', "arguments": \' }}'
+    "{{- '<tool_call>{\"name\": ' + (f.name | tojson) + ', \"arguments\": ' }}"
     "{{- (f.arguments if f.arguments is string else (f.arguments | tojson)) + '}</tool_call>' }}{%- endfor %}"
     "{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"

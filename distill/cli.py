@@ -1,6 +1,6 @@
 """The table of stages, in pipeline order. A stage is imported only when it runs.
 
-    distill STAGE [arguments]        the same thing as the doors: `python -m training.distill_kd` is `distill worker`
+distill STAGE [arguments]        the same thing as the doors: `python -m training.distill_kd` is `distill worker`
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "versions": Stage("distill.versions:main", "infra.version_gate", "are Python and the packages the ones proved"),
-    "toy-kd": Stage("distill.data.toy:main", "data.make_toy_kd", "write a toy dataset with its teacher's distributions"),
+    "toy-kd": Stage(
+        "distill.data.toy:main", "data.make_toy_kd", "write a toy dataset with its teacher's distributions"
+    ),
     "kd-dataset": Stage("distill.data.mix:main", "scripts.make_kd_mix_hardened", "ask a teacher, write a KD dataset"),
     "validate-kd": Stage("distill.data.validate:main", "scripts.validate_kd_data", "check a KD dataset rule by rule"),
     "toy-training": Stage("distill.train.toy:make_main", "training.make_toy_training", "write a tiny training set-up"),
     "toy-distill": Stage("distill.train.toy:main", "training.run_toy_distill", "train a toy student"),
     "worker": Stage("distill.train.kd:main", "training.distill_kd", "distil a student as a configuration says"),
-    "toy-block": Stage("distill.export.toy:block_main", "conversion.make_toy_block", "export one tiny transformer block"),
-    "toy-torch": Stage("distill.export.toy:torch_main", "conversion.make_toy_torch", "export a tiny student to TorchScript"),
+    "toy-block": Stage(
+        "distill.export.toy:block_main", "conversion.make_toy_block", "export one tiny transformer block"
+    ),
+    "toy-torch": Stage(
+        "distill.export.toy:torch_main", "conversion.make_toy_torch", "export a tiny student to TorchScript"
+    ),
     "toy-onnx": Stage("distill.export.toy:onnx_main", "conversion.make_toy_onnx", "export a tiny student to ONNX"),
     "export": Stage("distill.export.pytorch:main", "conversion.export_pytorch", "checkpoint to programs and contracts"),
     "surgery": Stage("distill.convert.surgery:main", None, "rewrite an ONNX file for Core ML, and say what changed"),
@@ -39,7 +45,9 @@ STAGES: dict[str, Stage] = {
     "probes": Stage("distill.verify.probes:main", None, "compare PyTorch and a package point by point"),
     "contracts": Stage("distill.verify.contracts:main", "evaluation.toy_contracts", "does a package keep its contract"),
     "ask": Stage("distill.verify.ask:main", None, "ask a package one question, or a file of them"),
-    "8-ball": Stage("distill.eight_ball:main", None, "the whole pipeline in one sitting: a model that answers like an 8-ball"),
+    "8-ball": Stage(
+        "distill.eight_ball:main", None, "the whole pipeline in one sitting: a model that answers like an 8-ball"
+    ),
 }
 
 

@@ -1,14 +1,14 @@
 """The exception tree. `main()` of every stage turns these into one line and an exit code.
 
-    DistillError               1   a check failed or a stage could not finish
-      InputError               2   bad input or configuration: names the file, key or flag
-        ConfigError            2   a YAML key or value
-        PackageError           2   a Core ML package that is malformed, truncated or hostile
-        DatasetError           2   a dataset, with file and line
-        CheckpointError        2   a checkpoint or exported program
-        UnsupportedOpError     2   an operator without an implementation, with its nearest kin
-      Paused                  75   stopped early, can be resumed
-    Skipped                    -   not an error: a check that this machine cannot make, with its reason
+DistillError               1   a check failed or a stage could not finish
+  InputError               2   bad input or configuration: names the file, key or flag
+    ConfigError            2   a YAML key or value
+    PackageError           2   a Core ML package that is malformed, truncated or hostile
+    DatasetError           2   a dataset, with file and line
+    CheckpointError        2   a checkpoint or exported program
+    UnsupportedOpError     2   an operator without an implementation, with its nearest kin
+  Paused                  75   stopped early, can be resumed
+Skipped                    -   not an error: a check that this machine cannot make, with its reason
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D hidden, H query heads, K key-value heads, N head wi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -202,7 +203,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2)
         causal = mask is None and t > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv
+        )
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), LayerCache(k, v)
 
 
@@ -238,13 +241,23 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
+class Blocks(nn.ModuleList):
+    """A ModuleList that knows what it holds."""
+
+    def __getitem__(self, index: int) -> Block:  # type: ignore[override]
+        return super().__getitem__(index)  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
 class _Trunk(nn.Module):
     """Embedding, blocks and final norm: named as in Hugging Face's `model.` prefix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = Blocks(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

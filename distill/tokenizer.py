@@ -31,10 +31,10 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, source: str) -> None:
         self._inner = inner
         self.source = source
-        missing = [token for token in (TURN_START, TURN_END) if inner.token_to_id(token) is None]
-        if missing:
-            raise InputError(f"{source}: the tokenizer lacks the control tokens {', '.join(missing)}")
-        self.turn_end: int = inner.token_to_id(TURN_END)
+        turn_end = inner.token_to_id(TURN_END)
+        if turn_end is None or inner.token_to_id(TURN_START) is None:
+            raise InputError(f"{source}: the tokenizer lacks the control tokens {TURN_START} and {TURN_END}")
+        self.turn_end: int = turn_end
         end_of_text = inner.token_to_id(END_OF_TEXT)
         self.end_of_text: int = self.turn_end if end_of_text is None else end_of_text
         self.pad: int = self.end_of_text

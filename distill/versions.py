@@ -7,13 +7,16 @@ output folder onnx/ would answer for the package of that name.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
 import tomllib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,12 +44,21 @@ def import_coremltools() -> ModuleType:
             "or pass --allow-placeholder for a package-shaped folder that every later stage reports as SKIPPED"
         )
     logging.getLogger("coremltools").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars are for people
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import coremltools
     return coremltools
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep a library's progress bars and warnings off stderr; errors are exceptions and come through."""
+    if os.environ.get("DISTILL_DEBUG"):
+        yield
+        return
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def optional(name: str, extra: str) -> ModuleType:
@@ -107,7 +119,7 @@ def _requirements() -> list[tuple[str, str | None]]:
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text())["project"]
-        pairs = [(text, None) for text in project["dependencies"]]
+        pairs: list[tuple[str, str | None]] = [(text, None) for text in project["dependencies"]]
         extras = project["optional-dependencies"]
         return pairs + [(text, name) for name in ("onnx", "teacher") for text in extras[name]]
     pairs = []

@@ -7,7 +7,6 @@ python -m conversion.convert_coreml --backend pytorch|onnx --in P --out X.mlpack
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from distill.artifacts import provenance, sha256_file
 from distill.contract import Contract, TensorSpec, read_contract
 from distill.convert.package import save_package, save_placeholder
 from distill.errors import CheckpointError, DistillError, InputError, stage_main
-from distill.versions import import_coremltools, installed, require_python, versions
+from distill.versions import import_coremltools, installed, quiet, require_python, versions
 
 COMPUTE_UNITS = {
     "all": "ALL",
@@ -55,9 +54,7 @@ def run(config: ConvertConfig) -> Contract | None:
     path = config.contract or config.source.with_name(f"{config.source.stem}_contract.json")
     if not config.source.is_file():
         raise InputError(f"{config.source}: no such file")
-    contract = (
-        read_contract(path) if config.backend == "pytorch" or config.contract or path.is_file() else None
-    )
+    contract = read_contract(path) if config.backend == "pytorch" or config.contract or path.is_file() else None
     if contract is not None:
         _check(contract, config, path)
     lower = _from_torchscript if config.backend == "pytorch" else _from_onnx
@@ -88,11 +85,7 @@ def _check(contract: Contract, config: ConvertConfig, path: Path) -> None:
         )
     if config.seq is not None and contract.mode != "decode" and config.seq != contract.sequence():
         lengths = contract.enumerated_T
-        hint = (
-            f"this file is T={contract.sequence()}"
-            if config.seq in lengths
-            else f"T={config.seq} is not enumerated"
-        )
+        hint = f"this file is T={contract.sequence()}" if config.seq in lengths else f"T={config.seq} is not enumerated"
         raise InputError(f"--seq {config.seq}: {hint}; the export has T = {', '.join(map(str, lengths))}")
 
 
@@ -101,11 +94,8 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
     try:
         program = torch.jit.load(str(config.source), map_location="cpu")
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{config.source}: not a TorchScript program: {str(error).splitlines()[0]}"
-        ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        raise CheckpointError(f"{config.source}: not a TorchScript program: {str(error).splitlines()[0]}") from error
+    with quiet():
         return ct.convert(
             program,
             source="pytorch",
@@ -125,9 +115,7 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
 def _from_onnx(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any:
     from distill.convert import onnx
 
-    return onnx.convert(
-        config.source, compute_precision="fp16", minimum_deployment_target=_target(config, contract)
-    )
+    return onnx.convert(config.source, compute_precision="fp16", minimum_deployment_target=_target(config, contract))
 
 
 def _target(config: ConvertConfig, contract: Contract | None) -> str:
@@ -155,9 +143,7 @@ def _check_state_writes(model: Any, contract: Contract | None) -> None:
     found = sum(op.op_type in ("coreml_update_state", "write_state") for op in operations)
     updates = sum(op.op_type == "slice_update" for op in operations)
     if found < 1 or updates < expected:
-        raise DistillError(
-            f"conversion lost state writes: {updates} slice updates and {found} writes for {expected}"
-        )
+        raise DistillError(f"conversion lost state writes: {updates} slice updates and {found} writes for {expected}")
 
 
 def _probes(model: Any, contract: Contract) -> dict[str, str]:

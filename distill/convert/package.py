@@ -31,9 +31,7 @@ def sidecar_folder(package: Path) -> Path:
     return package.with_suffix(".contract")
 
 
-def save_package(
-    model: Any, out: Path, contract: Contract | None, sidecar_from: Path | None
-) -> Contract | None:
+def save_package(model: Any, out: Path, contract: Contract | None, sidecar_from: Path | None) -> Contract | None:
     """Write `out` and, where there is a contract, its sidecar from the files beside the export in `sidecar_from`.
 
     Returns the package's contract, with the fingerprint of weight.bin. Both folders appear whole or not at all.
@@ -74,9 +72,7 @@ def refuse_placeholder(package: Path) -> None:
         raise PackageError(f"{package}: no such package")
     mark = package / PLACEHOLDER
     if mark.is_file():
-        raise PackageError(
-            f"{package} is a placeholder package, nothing in it can run: {mark.read_text().strip()}"
-        )
+        raise PackageError(f"{package} is a placeholder package, nothing in it can run: {mark.read_text().strip()}")
 
 
 def _save_model(model: Any, folder: Path) -> None:

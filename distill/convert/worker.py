@@ -1,6 +1,6 @@
 """Convert every program of an export folder: the primary prefill shape is model.mlpackage, decode is decode.mlpackage.
 
-    distill convert-all --in models/student/exported --out coreml/artifacts/worker
+distill convert-all --in models/student/exported --out coreml/artifacts/worker
 """
 
 from __future__ import annotations

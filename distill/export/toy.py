@@ -151,7 +151,9 @@ def _name_points(graph: Any) -> dict[str, str]:
 
 
 def _run(model: Any, golden: dict[str, torch.Tensor]) -> torch.Tensor:
-    session = optional("onnxruntime", "onnx").InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = optional("onnxruntime", "onnx").InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     rows = [session.run(["logits"], {"input_ids": row[None].numpy().astype(np.int64)})[0][0] for row in golden["input_ids"]]  # fmt: skip
     return torch.from_numpy(np.stack(rows)[:, golden["positions"].numpy()])
 

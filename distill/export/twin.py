@@ -11,6 +11,7 @@ Shapes: S tokens, D hidden, H query heads, K key-value heads, G = H / K, N head 
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from distill.model import ModelConfig, Student, rope_tables
 
+M = TypeVar("M", bound=nn.Module)
 MASKED = -1e4
 """Additive mask: finite, since an IEEE infinity in a softmax mask is not safe on every compute unit."""
 HEAD_SLICE = 16384
@@ -85,11 +87,20 @@ class TwinAttention(nn.Module):
         return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None = None, position: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        kv: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """Prefill: mask (1,1,S,S). Decode: S = 1, mask (1,1,1,C), `kv` written at `position`, then read."""
         q, k, v = self.project(x, cos, sin)
-        heads = self._prefill(q, k, v, mask) if kv is None else self._decode(q, k, v, mask, kv, position)
+        if kv is None or position is None:
+            heads = self._prefill(q, k, v, mask)
+        else:
+            heads = self._decode(q, k, v, mask, kv, position)
         return self.o(torch.cat(heads, 1).reshape(1, self.n_heads * self.head_dim, 1, x.shape[3]))
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
@@ -141,7 +152,13 @@ class TwinBlock(nn.Module):
         self.mlp = TwinMLP(student, layer)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: Tensor | None = None, position: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        kv: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, kv, position)
         return x + self.mlp(self.mlp_norm(x))
@@ -235,7 +252,7 @@ class DecodeTwin(Twin):
         return self.logits(x)
 
 
-def round_to_half(twin: Twin) -> Twin:
+def round_to_half(twin: M) -> M:
     """Round every weight, table and epsilon to the nearest fp16 in place (still held in fp32); returns the twin.
 
     The result computes, in fp32, exactly the function that an fp16 package stores: its difference from the package

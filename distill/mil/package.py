@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ def load(path: str | Path) -> Program:
     wrong.
     """
     package = Package(Path(path))
+    # off macOS, coremltools announces at import each of Apple's libraries that it does not find
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
     from distill.mil.parse import parse_model  # imports protobuf classes
 
     return parse_model(package)

@@ -57,7 +57,8 @@ class Plan(NamedTuple):
         if self.needed > self.available:
             raise ConfigError(
                 f"training needs about {_gib(self.needed)} on one device; "
-                f"{self.device} has {_gib(self.available)} free: use a larger machine, a smaller student, a shorter max_length or gradient_checkpointing"
+                f"{self.device} has {_gib(self.available)} free: "
+                f"use a larger machine, a smaller student, a shorter max_length or gradient_checkpointing"
             )
 
 

@@ -1,7 +1,7 @@
 """Ask a package: greedy decoding through the .mlpackage, tokens shown as they come.
 
-    distill ask MODEL.mlpackage "Will it rain?"
-    distill ask MODEL.mlpackage --file questions.txt --json answers.json
+distill ask MODEL.mlpackage "Will it rain?"
+distill ask MODEL.mlpackage --file questions.txt --json answers.json
 """
 
 from __future__ import annotations

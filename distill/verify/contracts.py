@@ -1,6 +1,6 @@
 """Does this package keep its contract? Every gate can fail, and a test plants the fault that each exists for.
 
-    python -m evaluation.toy_contracts --model X.mlpackage --seq 128 --report R.json [--strict]
+python -m evaluation.toy_contracts --model X.mlpackage --seq 128 --report R.json [--strict]
 """
 
 from __future__ import annotations

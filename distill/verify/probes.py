@@ -67,7 +67,9 @@ def run(package: Path, checkpoint_path: Path, ids: list[int] | None = None) -> R
 
 
 @torch.no_grad()
-def _as_it_runs(runner: PackageRunner, student: Student, ids: list[int]) -> tuple[list[Point], parity.Comparison, float]:
+def _as_it_runs(
+    runner: PackageRunner, student: Student, ids: list[int]
+) -> tuple[list[Point], parity.Comparison, float]:
     expected, hidden = _student_points(student, ids)
     named = {name: value for name, value in expected.items() if name in runner.contract.probes}
     points = parity.compare_points(runner, named, ids, None, policy="ieee16", channels_first=_is_channels_first(runner))

@@ -128,6 +128,26 @@ def test_a_widening_cast_narrows_and_a_rounding_one_does_not() -> None:
     assert casts == {"i": onnx.TensorProto.INT32, "j": onnx.TensorProto.INT64}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(int64[2,3] ids) => (int64[3,2] y) { y = Transpose(ids) }",
+        "(float[2,3] x) => (bool[2,1] y) <int64 k = {1}> { a = ArgMax <axis = 1> (x) y = Equal(a, k) }",
+        "(int64[1] n, float[4] x) => (float[1,4] y) { y = Unsqueeze(x, n) }",
+    ],
+)
+def test_what_must_be_int64_stays_so(text: str) -> None:
+    """A graph output, what an operator makes as int64, and what it needs as int64."""
+    model = graph(text)
+    feeds = {name: array * 0 if name == "n" else array for name, array in feeds_of(model).items()}
+    before, report = run(model, feeds), sanitize(model)
+    onnx.checker.check_model(model, full_check=True)
+    after = run(model, feeds)
+    assert set(report.changed["int64_to_int32"]) <= {"ids", "n"}
+    np.testing.assert_array_equal(before["y"], after["y"])
+    assert before["y"].dtype == after["y"].dtype
+
+
 def test_constants_that_do_not_fit_stay_int64() -> None:
     text = (
         """(int64[2] ids) => (bool[2] y) <int64 big = {5000000000}> { i = Identity(ids) y = Equal(i, big) }"""
