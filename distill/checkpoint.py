@@ -6,6 +6,7 @@ provenance, and `resume` (what an exact continuation needs: optimiser, RNG, data
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -63,7 +64,10 @@ def save(
     if resume is not None:
         data["resume"] = resume
     with atomic_file(path) as temporary:
-        torch.save(data, temporary)
+        try:
+            torch.save(data, temporary)
+        except RuntimeError as error:  # how torch reports a failed write, a full disk among them
+            raise OSError(errno.EIO, "write failed (is the disk full?)", str(path)) from error
     return Path(path)
 
 
@@ -78,15 +82,21 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: not a student checkpoint: no key {error}") from error
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if sha256_text(tokenizer_text) != claimed:
+    if not isinstance(tokenizer_text, str) or sha256_text(tokenizer_text) != claimed:
         raise CheckpointError(f"{path}: its tokenizer does not match tokenizer_sha256")
     tokenizer = Tokenizer.from_json(tokenizer_text, f"{path}: tokenizer")
     tokenizer.require_fits(config.vocab_size, str(path))
     student = _build(config, weights, path)
     return Checkpoint(
-        step, loss, student, tokenizer, str(data.get("stage", "")), list(data.get("lineage", [])),
-        dict(data.get("provenance", {})), data.get("resume"),
-    )  # fmt: skip
+        step,
+        loss,
+        student,
+        tokenizer,
+        str(data.get("stage", "")),
+        list(data.get("lineage", [])),
+        dict(data.get("provenance", {})),
+        data.get("resume"),
+    )
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

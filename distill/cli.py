@@ -26,10 +26,12 @@ STAGES: dict[str, Stage] = {
         "distill.data.toy:main", "data.make_toy_kd", "write a toy dataset with its teacher's distributions"
     ),
     "kd-dataset": Stage("distill.data.mix:main", "scripts.make_kd_mix_hardened", "ask a teacher, write a KD dataset"),
+    "teacher": Stage("distill.data.local_teachers:main", None, "a local teacher as a Hugging Face folder"),
     "validate-kd": Stage("distill.data.validate:main", "scripts.validate_kd_data", "check a KD dataset rule by rule"),
     "toy-training": Stage("distill.train.toy:make_main", "training.make_toy_training", "write a tiny training set-up"),
     "toy-distill": Stage("distill.train.toy:main", "training.run_toy_distill", "train a toy student"),
     "worker": Stage("distill.train.kd:main", "training.distill_kd", "distil a student as a configuration says"),
+    "held-out": Stage("distill.train.held_out:main", None, "what training changed on held-out data, judged"),
     "toy-block": Stage(
         "distill.export.toy:block_main", "conversion.make_toy_block", "export one tiny transformer block"
     ),
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     return load(stage)(args[1:])
 
 
-def load(stage: Stage):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def load(stage: Stage):  # type: ignore[no-untyped-def]
     """The stage's `main`."""
     module, function = stage.home.split(":")
     return getattr(importlib.import_module(module), function)

@@ -65,6 +65,8 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template_sha256: str
     weights_sha256: str
     """Over the training weights, by name."""
+    fp16_gain: float
+    """How much the model amplifies fp16 rounding (distill/export/tolerance.py)."""
     sidecar: dict[str, FileRef]
     """goldens, evaluation, tokenizer, chat_template."""
     probes: dict[str, str]

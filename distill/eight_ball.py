@@ -56,8 +56,9 @@ def run(config: EightBallConfig, console: Console) -> dict[str, Any]:
     toy.write(config.data, "8-ball", config.samples, config.seed)
     _step(console, 2, "training")
     preset = PRESETS["8-ball"]
-    training = toy_config(str(config.data), str(config.checkpoint), preset=preset, model=toy_model(), device="cpu",
-                          seed=config.seed)  # fmt: skip
+    training = toy_config(
+        str(config.data), str(config.checkpoint), preset=preset, model=toy_model(), device="cpu", seed=config.seed
+    )
     trained = loop.run(training, restart=True, console=console)
     _step(console, 3, "export to TorchScript")
     pytorch.run(pytorch.ExportConfig(trained.checkpoint, config.exported, "prefill", SEQ, (SEQ,), toy=True))
@@ -74,14 +75,17 @@ def run(config: EightBallConfig, console: Console) -> dict[str, Any]:
     report = {
         "schema": "distill-8-ball/1",
         "losses": {"first": trained.values["first_loss"], "last": trained.values["loss"]},
-        "sizes": {"parameters": trained.values["parameters"], "checkpoint_bytes": trained.checkpoint.stat().st_size,
-                  "package_bytes": size},
+        "sizes": {
+            "parameters": trained.values["parameters"],
+            "checkpoint_bytes": trained.checkpoint.stat().st_size,
+            "package_bytes": size,
+        },
         "answers": answers,
         "gates": gates.to_json(result),
         "counts": gates.count(result),
         "details": verified["details"],
         "made_by": provenance({"samples": config.samples, "seed": config.seed}, {"checkpoint": trained.checkpoint}),
-    }  # fmt: skip
+    }
     write_json(config.report, report)
     _summary(console, config, report, result, time.perf_counter() - started)
     return report
@@ -109,15 +113,23 @@ def _judge(config: EightBallConfig, answers: list[dict[str, str]]) -> dict[str, 
     different = len({a["answer"] for a in answers} & set(ANSWERS))
     return {
         "questions_unseen": gates.at_most(overlap, 0, reason="questions that the training set holds"),
-        "answers_exact": gates.at_least(exact / len(answers), EXACT, n=len(answers), n_min=QUESTIONS,
-                                        backend="distill.mil ieee16", reason=f"{exact} of {len(answers)}"),
-        "answers_different": gates.at_least(different, DIFFERENT, n=len(answers), n_min=QUESTIONS,
-                                            reason=f"of {len(ANSWERS)}"),
-    }  # fmt: skip
+        "answers_exact": gates.at_least(
+            exact / len(answers),
+            EXACT,
+            n=len(answers),
+            n_min=QUESTIONS,
+            backend="distill.mil ieee16",
+            reason=f"{exact} of {len(answers)}",
+        ),
+        "answers_different": gates.at_least(
+            different, DIFFERENT, n=len(answers), n_min=QUESTIONS, reason=f"of {len(ANSWERS)}"
+        ),
+    }
 
 
-def _summary(console: Console, config: EightBallConfig, report: dict[str, Any], result: dict[str, Gate],
-             seconds: float) -> None:  # fmt: skip
+def _summary(
+    console: Console, config: EightBallConfig, report: dict[str, Any], result: dict[str, Gate], seconds: float
+) -> None:
     losses, sizes = report["losses"], report["sizes"]
     common = Counter(a["answer"] for a in report["answers"]).most_common(3)
     console.print(gates.table(result), highlight=False, markup=False, soft_wrap=True)

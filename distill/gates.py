@@ -40,8 +40,9 @@ def at_least(
     return Gate("pass" if ok else "fail", _plain(observed), threshold, backend, reason)
 
 
-def holds(ok: bool, *, observed: Any = None, threshold: Any = None, backend: str | None = None,
-          reason: str | None = None) -> Gate:  # fmt: skip
+def holds(
+    ok: bool, *, observed: Any = None, threshold: Any = None, backend: str | None = None, reason: str | None = None
+) -> Gate:
     """Pass iff `ok`. `reason` should say what was wrong when it is not."""
     return Gate("pass" if ok else "fail", observed, threshold, backend, reason)
 

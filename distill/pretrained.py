@@ -20,12 +20,25 @@ from distill.artifacts import atomic_dir, read_json
 from distill.errors import CheckpointError
 from distill.model import ModelConfig, RopeScaling, Student
 
-_SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")  # fmt: skip
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 _TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False}
 _ROPE_THETA_DEFAULT = 10000.0
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def config_from_huggingface(data: dict[str, Any], source: str) -> ModelConfig:

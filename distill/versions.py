@@ -86,8 +86,14 @@ def versions() -> dict[str, str]:
 def check(*, skip_ort: bool = False) -> dict[str, gates.Gate]:
     """A gate a requirement: core ones must be there; an absent extra is skipped, a wrong version of it fails."""
     found = ".".join(map(str, sys.version_info[:3]))
-    out = {"python": gates.holds(sys.version_info[:2] == _PYTHON, observed=found, threshold="3.11.x",
-                                 reason=None if sys.version_info[:2] == _PYTHON else "use python3.11")}  # fmt: skip
+    out = {
+        "python": gates.holds(
+            sys.version_info[:2] == _PYTHON,
+            observed=found,
+            threshold="3.11.x",
+            reason=None if sys.version_info[:2] == _PYTHON else "use python3.11",
+        )
+    }
     for text, extra in _requirements():
         requirement = _parse(text)
         if skip_ort and requirement.name in _ORT:
@@ -108,7 +114,7 @@ def check(*, skip_ort: bool = False) -> dict[str, gates.Gate]:
     return out
 
 
-def _parse(text: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _parse(text: str):  # type: ignore[no-untyped-def]
     from packaging.requirements import Requirement
 
     return Requirement(text)

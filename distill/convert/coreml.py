@@ -62,9 +62,14 @@ def run(config: ConvertConfig) -> Contract | None:
     _check_state_writes(model, contract)
     if contract is not None:
         made = provenance(
-            {"backend": config.backend, "seq": config.seq, "compute_units": config.compute_units, "target": config.target},
+            {
+                "backend": config.backend,
+                "seq": config.seq,
+                "compute_units": config.compute_units,
+                "target": config.target,
+            },
             {"source": config.source, "contract": path},
-        )  # fmt: skip
+        )
         contract = msgspec.structs.replace(
             contract,
             enumerated_T=[contract.sequence()] if contract.mode != "decode" else contract.enumerated_T,
@@ -104,12 +109,13 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
             states=[
                 ct.StateType(wrapped_type=ct.TensorType(shape=tuple(s.shape), dtype=_dtype(s)), name=s.name)
                 for s in contract.states
-            ] or None,
+            ]
+            or None,
             convert_to="mlprogram",
             minimum_deployment_target=getattr(ct.target, _target(config, contract)),
             compute_precision=ct.precision.FLOAT16,
             skip_model_load=True,
-        )  # fmt: skip
+        )
 
 
 def _from_onnx(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any:
@@ -169,8 +175,10 @@ def _probes(model: Any, contract: Contract) -> dict[str, str]:
 def _onnx_probes(model: Any, contract: Contract) -> dict[str, str]:
     """Point -> value, following the names that the fp16 pass gives; a value that fusion removed has none."""
     made = {out.name for op in model._mil_program.functions["main"].operations for out in op.outputs}
-    names = {point: next((n for n in (value, f"{value}_cast_fp16") if n in made), None)
-             for point, value in contract.probes.items()}  # fmt: skip
+    names = {
+        point: next((n for n in (value, f"{value}_cast_fp16") if n in made), None)
+        for point, value in contract.probes.items()
+    }
     return {point: name for point, name in names.items() if name is not None}
 
 
@@ -184,18 +192,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seq", type=int, help="sequence length that the program must have")
     parser.add_argument("--compute-units", choices=sorted(COMPUTE_UNITS), default="all")
     parser.add_argument("--contract", type=Path, help="default: <name>_contract.json beside the input")
-    parser.add_argument("--allow-placeholder", action="store_true",
-                        help="without coremltools, write a folder marked PLACEHOLDER instead of failing")  # fmt: skip
+    parser.add_argument(
+        "--allow-placeholder",
+        action="store_true",
+        help="without coremltools, write a folder marked PLACEHOLDER instead of failing",
+    )
     parser.add_argument("--target", choices=TARGETS, default="iOS18", help="minimum deployment target")
     args = parser.parse_args(argv)
-    config = ConvertConfig(args.source, args.out, args.backend, args.seq, args.compute_units, args.contract,
-                           args.allow_placeholder, args.target)  # fmt: skip
+    config = ConvertConfig(
+        args.source,
+        args.out,
+        args.backend,
+        args.seq,
+        args.compute_units,
+        args.contract,
+        args.allow_placeholder,
+        args.target,
+    )
     print(f"converting {config.source} ({config.backend}) to {config.out}", flush=True)
     contract = run(config)
     if (config.out / "PLACEHOLDER").exists():
         print(f"SKIPPED: {config.out} is a placeholder: coremltools is not installed")
         return 0
     size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
-    what = "no contract beside the input, so none in the package" if contract is None else f"weights sha256 {contract.file.sha256[:12] if contract.file else 'none'}"  # fmt: skip
+    what = (
+        "no contract beside the input, so none in the package"
+        if contract is None
+        else f"weights sha256 {contract.file.sha256[:12] if contract.file else 'none'}"
+    )
     print(f"wrote {config.out}: {size / 1e6:.2f} MB, {what}")
     return 0

@@ -112,9 +112,7 @@ def _lower_node(node: Node, versions: Mapping[str, int], file: str) -> Sequence[
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-def _outputs(
-    model: onnx.ModelProto, values: Mapping[str, Value], names: dict[Var, str], file: str
-) -> list[Var]:
+def _outputs(model: onnx.ModelProto, values: Mapping[str, Value], names: dict[Var, str], file: str) -> list[Var]:
     """The graph's outputs: each its own variable under its own name, and int32 where ONNX says bool."""
     outputs = []
     for info in model.graph.output:

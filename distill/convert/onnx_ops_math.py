@@ -15,9 +15,7 @@ from distill.convert.onnx_ops import Node, Value, cast, expand, lowers, same_typ
 from distill.errors import InputError
 
 _SAME_NAME = ("Abs", "Atan", "Ceil", "Cos", "Erf", "Exp", "Floor", "Relu", "Round", "Sigmoid", "Sign", "Sin")
-_UNARY = {name: name.lower() for name in (*_SAME_NAME, "Softplus", "Sqrt", "Tan", "Tanh")} | {
-    "Not": "logical_not"
-}
+_UNARY = {name: name.lower() for name in (*_SAME_NAME, "Softplus", "Sqrt", "Tan", "Tanh")} | {"Not": "logical_not"}
 _BINARY = {
     "Add": "add",
     "And": "logical_and",

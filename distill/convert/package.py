@@ -42,9 +42,18 @@ def save_package(model: Any, out: Path, contract: Contract | None, sidecar_from:
         _save_model(model, temporary)
         weights = temporary / WEIGHT_FILE
         if contract is not None and sidecar_from is not None:
-            ref = FileRef("weights/weight.bin", sha256_file(weights), weights.stat().st_size) if weights.is_file() else None  # fmt: skip
-            refs = {role: msgspec.structs.replace(ref_, name=_SIDECAR_NAMES[role]) for role, ref_ in contract.sidecar.items()}  # fmt: skip
-            contract_out = msgspec.structs.replace(contract, schema="distill-package/1", name=out.stem, file=ref, sidecar=refs)  # fmt: skip
+            ref = (
+                FileRef("weights/weight.bin", sha256_file(weights), weights.stat().st_size)
+                if weights.is_file()
+                else None
+            )
+            refs = {
+                role: msgspec.structs.replace(ref_, name=_SIDECAR_NAMES[role])
+                for role, ref_ in contract.sidecar.items()
+            }
+            contract_out = msgspec.structs.replace(
+                contract, schema="distill-package/1", name=out.stem, file=ref, sidecar=refs
+            )
             _write_sidecar(sidecar_folder(out), contract, contract_out, sidecar_from)
             contract = contract_out
         _finish_spec(temporary / SPEC_FILE, contract)
@@ -100,7 +109,9 @@ def _finish_spec(path: Path, contract: Contract | None) -> None:
 def _fix_manifest(path: Path) -> None:
     """Replace the random identifiers of Manifest.json by ones derived from each item's path."""
     manifest = json.loads(path.read_text())
-    renamed = {old: str(uuid.uuid5(_UUID_SPACE, item["path"])).upper() for old, item in manifest["itemInfoEntries"].items()}  # fmt: skip
+    renamed = {
+        old: str(uuid.uuid5(_UUID_SPACE, item["path"])).upper() for old, item in manifest["itemInfoEntries"].items()
+    }
     manifest["itemInfoEntries"] = {renamed[old]: item for old, item in manifest["itemInfoEntries"].items()}
     manifest["rootModelIdentifier"] = renamed[manifest["rootModelIdentifier"]]
     path.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")

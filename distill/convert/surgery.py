@@ -85,9 +85,7 @@ def inline_functions(model: onnx.ModelProto, file: str = "the ONNX model") -> li
     """Calls of the model's own functions become their bodies."""
     names = [f"{f.domain}.{f.name}" for f in model.functions]
     if names:
-        standard = {n.op_type for n in model.graph.node} | {
-            n.op_type for f in model.functions for n in f.node
-        }
+        standard = {n.op_type for n in model.graph.node} | {n.op_type for f in model.functions for n in f.node}
         nodes = inline(model, standard, file)
         del model.functions[:], model.graph.node[:]
         model.graph.node.extend(nodes)

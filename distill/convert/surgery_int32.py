@@ -144,9 +144,7 @@ def _cast_inputs(graph: onnx.GraphProto, stays: set[str], taken: set[str]) -> li
             continue
         wide = _unused_name(f"{value.name}_int64", taken)
         value.type.tensor_type.elem_type = onnx.TensorProto.INT32
-        casts.append(
-            onnx.helper.make_node("Cast", [value.name], [wide], name=wide, to=onnx.TensorProto.INT64)
-        )
+        casts.append(onnx.helper.make_node("Cast", [value.name], [wide], name=wide, to=onnx.TensorProto.INT64))
         renamed[value.name] = wide
     for node in graph.node:
         for i, name in enumerate(node.input):

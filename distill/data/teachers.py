@@ -206,8 +206,8 @@ async def _find_api(client: httpx.AsyncClient, url: str) -> tuple[str, list[str]
         try:
             response = await client.get(f"{base}/models")
             if response.status_code in (401, 403):
-                raise InputError(f"the teacher at {base} refuses the key (HTTP {response.status_code}); it is read from "
-                                 f"{', '.join(KEY_VARIABLES)}")  # fmt: skip
+                raise InputError(f"the teacher at {base} refuses the key (HTTP {response.status_code}), which is read "
+                                 f"from {', '.join(KEY_VARIABLES)}")  # fmt: skip
             problem = f"HTTP {response.status_code}"
             listed = response.json()["data"] if response.status_code == 200 else None
             if isinstance(listed, list):

@@ -6,7 +6,6 @@ still computed in fp32: what the package must reproduce, to fp32 rounding, when 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from distill import chat
 from distill.artifacts import atomic_file
+from distill.export.tolerance import fp16_sigma, tolerance_factor
 from distill.export.twin import DecodeTwin, PrefillTwin, round_to_half
 from distill.model import Student
 from distill.tokenizer import Tokenizer
@@ -28,28 +28,13 @@ _VALUES = 1 << 21
 DECODE_STEPS = 24
 
 
-def fp16_sigma(student: Student, hidden: Tensor) -> Tensor:
-    """Derived standard deviation of each logit's error when the program runs in fp16.
+class Reference(NamedTuple):
+    """The trained model that a package is measured against."""
 
-    `hidden` [..., D] after the final norm; returns [..., 1]. Every op rounds its result: a relative error uniform in
-    [-u, u], u = 2**-11, of variance u^2/3. About 32 roundings (weights included) lie on a block's two branches and
-    residual additions, 8 before and after the blocks; taken as independent and none smaller than the stream that
-    they join, they leave the final hidden state with relative error eps = u sqrt((32 L + 8) / 3). An isotropic error
-    of that norm moves a logit by eps |h| |w_v| / sqrt(D); |w_v| is its root mean square over the vocabulary.
-    """
-    eps = relative_error(student.config.num_hidden_layers)
-    row = student.lm_head.weight.float().square().sum(1).mean().sqrt()
-    return eps * hidden.float().norm(dim=-1, keepdim=True) * row / math.sqrt(student.config.hidden_size)
-
-
-def relative_error(layers: int) -> float:
-    """eps of `fp16_sigma`: expected relative error of a hidden state after so many blocks in fp16."""
-    return 2.0**-11 * math.sqrt((32 * layers + 8) / 3)
-
-
-def tolerance_factor(vocab_size: int) -> float:
-    """Sigmas that the largest of V independent Gaussian errors stays below, sqrt(2 ln V), with a margin of 2."""
-    return 2.0 * math.sqrt(2 * math.log(max(vocab_size, 2)))
+    student: Student
+    tokenizer: Tokenizer
+    gain: float
+    """distill.export.tolerance.fp16_gain of the student."""
 
 
 class Greedy(NamedTuple):
@@ -63,8 +48,9 @@ class Greedy(NamedTuple):
 
 
 @torch.no_grad()
-def greedy(student: Student, tokenizer: Tokenizer, prompt_ids: list[int], max_new_tokens: int) -> Greedy:
+def greedy(reference: Reference, prompt_ids: list[int], max_new_tokens: int) -> Greedy:
     """Greedy decoding with the training model; tokens end with the stop token where one came."""
+    student, tokenizer, gain = reference
     tokens = student.generate(prompt_ids, max_new_tokens, tokenizer.stop_ids)
     ids = torch.tensor([prompt_ids + tokens])
     hidden = student.hidden(ids)[0, len(prompt_ids) - 1 :]
@@ -73,37 +59,40 @@ def greedy(student: Student, tokenizer: Tokenizer, prompt_ids: list[int], max_ne
         tokens.append(int(logits[-1].argmax()))
     n = len(tokens)
     best = logits[:n].float().topk(2, dim=-1).values
-    sigma = fp16_sigma(student, hidden[:n])[:, 0] * tolerance_factor(student.config.vocab_size)
+    sigma = fp16_sigma(student, hidden[:n], gain)[:, 0] * tolerance_factor(student.config.vocab_size)
     return Greedy(tokens, (best[:, 0] - best[:, 1]).tolist(), sigma.tolist())
 
 
-def evaluation(student: Student, tokenizer: Tokenizer, items: Sequence[EvalItem], seq: int) -> dict[str, Any]:
+def evaluation(reference: Reference, items: Sequence[EvalItem], seq: int) -> dict[str, Any]:
     """The evaluation sidecar: prompts, targets and PyTorch's greedy tokens, for every item that fits `seq` tokens."""
     rows: list[dict[str, Any]] = []
     too_long = 0
     for item in items:
-        prompt_ids = chat.encode(tokenizer, item.messages, item.tools, add_generation_prompt=True).ids
+        prompt_ids = chat.encode(reference.tokenizer, item.messages, item.tools, add_generation_prompt=True).ids
         room = min(item.max_new_tokens, seq - len(prompt_ids))
         if room < item.min_room:
             too_long += 1
             continue
-        reference = greedy(student, tokenizer, prompt_ids, room)
-        rows.append({
-            "id": item.id,
-            "prompt_ids": prompt_ids,
-            "max_new_tokens": room,
-            "gold_calls": None if item.gold_calls is None else [
-                {"name": call.name, "arguments": call.arguments} for call in item.gold_calls
-            ],
-            "gold_text": item.gold_text,
-            "greedy": reference._asdict(),
-        })  # fmt: skip
+        found = greedy(reference, prompt_ids, room)
+        rows.append(
+            {
+                "id": item.id,
+                "prompt_ids": prompt_ids,
+                "max_new_tokens": room,
+                "gold_calls": None
+                if item.gold_calls is None
+                else [{"name": call.name, "arguments": call.arguments} for call in item.gold_calls],
+                "gold_text": item.gold_text,
+                "greedy": found._asdict(),
+            }
+        )
     return {"schema": "distill-evaluation/1", "items": rows, "too_long": too_long}
 
 
 @torch.no_grad()
-def prefill_goldens(student: Student, tokenizer: Tokenizer, seq: int, prompt_ids: list[int]) -> dict[str, Tensor]:
+def prefill_goldens(reference: Reference, seq: int, prompt_ids: list[int]) -> dict[str, Tensor]:
     """Two golden inputs (the prompt, padded, and seeded random ids) with logits at spread positions."""
+    student, tokenizer, gain = reference
     generator = torch.Generator().manual_seed(seq)
     ids = torch.full((2, seq), tokenizer.pad, dtype=torch.int32)
     kept = prompt_ids[:seq]
@@ -120,13 +109,14 @@ def prefill_goldens(student: Student, tokenizer: Tokenizer, seq: int, prompt_ids
         "positions": positions,
         "logits": student.lm_head(hidden).float(),
         "logits_half": logits_half,
-        "fp16_sigma": fp16_sigma(student, hidden),
+        "fp16_sigma": fp16_sigma(student, hidden, gain),
     } | {f"probe.{name}": value[..., positions] for name, value in recorder.values.items() if _is_point(name)}
 
 
 @torch.no_grad()
-def decode_goldens(student: Student, tokenizer: Tokenizer, context: int, prompt_ids: list[int]) -> dict[str, Tensor]:
+def decode_goldens(reference: Reference, context: int, prompt_ids: list[int]) -> dict[str, Tensor]:
     """One teacher-forced sequence fed token by token, logits at every step, and the state at the end."""
+    student, tokenizer, gain = reference
     generator = torch.Generator().manual_seed(context)
     n = min(DECODE_STEPS, context)
     ids = torch.randint(0, tokenizer.vocab_size, (n,), generator=generator, dtype=torch.int32)
@@ -140,7 +130,7 @@ def decode_goldens(student: Student, tokenizer: Tokenizer, context: int, prompt_
         "positions": torch.arange(n, dtype=torch.int32),
         "logits": student.lm_head(hidden).float()[None],
         "logits_half": torch.cat(steps)[None],
-        "fp16_sigma": fp16_sigma(student, hidden)[None],
+        "fp16_sigma": fp16_sigma(student, hidden, gain)[None],
         "kv": half.kv[:, :, :n].clone(),
     }
 

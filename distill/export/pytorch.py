@@ -26,9 +26,9 @@ from distill.contract import Contract, FileRef, ShapeValidation, TensorSpec
 from distill.errors import InputError, stage_main
 from distill.export import goldens
 from distill.export.prompts import evaluation_items
+from distill.export.tolerance import fp16_gain
 from distill.export.twin import DecodeTwin, PrefillTwin
 from distill.model import Student
-from distill.tokenizer import Tokenizer
 from distill.versions import require_python, versions
 
 DEFAULT_CHECKPOINT = Path("models/student/checkpoints/latest.pt")
@@ -59,13 +59,17 @@ class ExportConfig(NamedTuple):
 class Shared(NamedTuple):
     """What every contract of one export has in common."""
 
-    student: Student
-    tokenizer: Tokenizer
+    reference: goldens.Reference
     lengths: list[int]
     primary: int
     items: Sequence[Any]
     fields: dict[str, Any]
     sidecar: dict[str, FileRef]
+
+    @property
+    def student(self) -> Student:
+        """The trained model."""
+        return self.reference.student
 
 
 def run(config: ExportConfig) -> list[Path]:
@@ -85,7 +89,7 @@ def prepare(config: ExportConfig) -> Shared:
     loaded = checkpoint.load(config.checkpoint)
     student = loaded.student.float().eval()
     lengths, primary = _lengths(config, loaded.provenance.get("config", {}))
-    fields = {
+    fields: dict[str, Any] = {
         "schema": "distill-export/1",
         "enumerated_T": lengths,
         "model_config": student.config,
@@ -94,18 +98,23 @@ def prepare(config: ExportConfig) -> Shared:
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "chat_template_sha256": chat.template_sha256(),
         "weights_sha256": weights_sha256(student),
+        "fp16_gain": fp16_gain(student),
         "probes": {},
-        "made_by": provenance({"primary": primary, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
-                              {"checkpoint": config.checkpoint})
+        "made_by": provenance(
+            {"primary": primary, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
+            {"checkpoint": config.checkpoint},
+        )
         | {"stage": loaded.stage, "step": loaded.step, "lineage": loaded.lineage},
         "versions": versions(),
-    }  # fmt: skip
+    }
     sidecar = {
         "tokenizer": file_ref(write_text(config.out / "tokenizer.json", loaded.tokenizer.to_json())),
         "chat_template": file_ref(write_text(config.out / "chat_template.jinja", chat.JINJA)),
     }
     items = evaluation_items(loaded, toy_set=config.toy)
-    return Shared(student, loaded.tokenizer, lengths, primary, items, fields, sidecar)
+    return Shared(
+        goldens.Reference(student, loaded.tokenizer, fields["fp16_gain"]), lengths, primary, items, fields, sidecar
+    )
 
 
 def weights_sha256(student: Student) -> str:
@@ -130,16 +139,18 @@ def _lengths(config: ExportConfig, trained: dict[str, Any]) -> tuple[list[int], 
 def _prefills(shared: Shared, config: ExportConfig) -> list[Path]:
     primary = shared.primary
     order = [primary] + [t for t in shared.lengths if t != primary]
-    evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, max(order))
+    evaluated = goldens.evaluation(shared.reference, shared.items, max(order))
     checked: dict[str, ShapeValidation] = {}
     pending = []
     for t in order:
         twin = PrefillTwin(shared.student, t)
-        golden = goldens.prefill_goldens(shared.student, shared.tokenizer, t, _first_prompt(evaluated))
+        golden = goldens.prefill_goldens(shared.reference, t, _first_prompt(evaluated))
         traced = trace(twin, (golden["input_ids"][:1],))
         checked[str(t)] = compare(_run_prefill(traced, golden), golden)
-        print(f"prefill T={t}: {checked[str(t)].status}, max error {checked[str(t)].max_abs_err:.2e} in fp32 "
-              f"(tolerance {checked[str(t)].tolerance:.2e})")  # fmt: skip
+        print(
+            f"prefill T={t}: {checked[str(t)].status}, max error {checked[str(t)].max_abs_err:.2e} in fp32 "
+            f"(tolerance {checked[str(t)].tolerance:.2e})"
+        )
         if t == primary and checked[str(t)].status == "fail":
             raise InputError(f"primary shape T={t}: {checked[str(t)].reason}")
         name = config.name.format(t=t)
@@ -148,42 +159,66 @@ def _prefills(shared: Shared, config: ExportConfig) -> list[Path]:
         pending.append((t, name, file, golden, fitting))
     contracts = []
     for t, name, file, golden, fitting in pending:
-        contracts.append(write_contract(
-            shared, config.out, name, golden, fitting, checked,
-            mode="prefill", file=file, states=[], kv_layout=None,
-            inputs=[TensorSpec("input_ids", [1, t], "int32")],
-            outputs=[TensorSpec("logits", [1, t, shared.student.config.vocab_size], "float16")],
-        ))  # fmt: skip
+        contracts.append(
+            write_contract(
+                shared,
+                config.out,
+                name,
+                golden,
+                fitting,
+                checked,
+                mode="prefill",
+                file=file,
+                states=[],
+                kv_layout=None,
+                inputs=[TensorSpec("input_ids", [1, t], "int32")],
+                outputs=[TensorSpec("logits", [1, t, shared.student.config.vocab_size], "float16")],
+            )
+        )
     return contracts
 
 
 def _decode(shared: Shared, config: ExportConfig) -> Path:
     context = max(shared.lengths)
-    evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, context)
-    golden = goldens.decode_goldens(shared.student, shared.tokenizer, context, _first_prompt(evaluated))
+    evaluated = goldens.evaluation(shared.reference, shared.items, context)
+    golden = goldens.decode_goldens(shared.reference, context, _first_prompt(evaluated))
     twin = DecodeTwin(shared.student, context)
     position = torch.tensor([min(1, context - 1)], dtype=torch.int32)
     traced = trace(twin, (golden["input_ids"][:, :1], position))
     result = compare(_run_decode(traced, golden), golden)
-    print(f"decode C={context}: {result.status}, max error {result.max_abs_err:.2e} in fp32 "
-          f"(tolerance {result.tolerance:.2e})")  # fmt: skip
+    print(
+        f"decode C={context}: {result.status}, max error {result.max_abs_err:.2e} in fp32 "
+        f"(tolerance {result.tolerance:.2e})"
+    )
     if result.status == "fail":
         raise InputError(f"decode: {result.reason}")
     traced.kv.zero_()
     file = save_program(traced, config.out / "student_decode.pt")
     return write_contract(
-        shared, config.out, "student_decode", golden, evaluated, {str(context): result},
-        mode="decode", file=file, kv_layout=KV_LAYOUT,
+        shared,
+        config.out,
+        "student_decode",
+        golden,
+        evaluated,
+        {str(context): result},
+        mode="decode",
+        file=file,
+        kv_layout=KV_LAYOUT,
         inputs=[TensorSpec("input_ids", [1, 1], "int32"), TensorSpec("position", [1], "int32")],
         outputs=[TensorSpec("logits", [1, 1, shared.student.config.vocab_size], "float16")],
         states=[TensorSpec("kv", list(twin.kv.shape), "float16")],
-    )  # fmt: skip
+    )
 
 
 def write_contract(
-    shared: Shared, out: Path, name: str, golden: dict[str, Tensor], evaluated: dict[str, Any] | None,
-    checked: dict[str, ShapeValidation], **fields: Any,
-) -> Path:  # fmt: skip
+    shared: Shared,
+    out: Path,
+    name: str,
+    golden: dict[str, Tensor],
+    evaluated: dict[str, Any] | None,
+    checked: dict[str, ShapeValidation],
+    **fields: Any,
+) -> Path:
     """Write a program's goldens, evaluation prompts (None: it generates nothing) and contract."""
     sidecar = dict(shared.sidecar)
     sidecar["goldens"] = file_ref(goldens.write_goldens(out / f"{name}_goldens.safetensors", golden))
@@ -253,8 +288,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the programs and contracts")
     parser.add_argument("--mode", choices=("prefill", "decode", "both"), default="both")
     parser.add_argument("--seq", type=int, help="primary length (default: the first enumerated one)")
-    parser.add_argument("--enumerated-T", type=int, nargs="+", default=[], metavar="T",
-                        help="lengths to export (default: export.seq of the training configuration, else 512 1024 2048)")  # fmt: skip
+    parser.add_argument(
+        "--enumerated-T",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="lengths to export (default: export.seq of the training configuration)",
+    )
     parser.add_argument("--toy", action="store_true", help="evaluate on the toy set's held-out prompts")
     args = parser.parse_args(argv)
     config = ExportConfig(args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), toy=args.toy)

@@ -24,6 +24,7 @@ from distill.artifacts import atomic_file
 from distill.contract import TensorSpec
 from distill.errors import stage_main
 from distill.export import goldens, pytorch
+from distill.export.tolerance import relative_error
 from distill.export.twin import PrefillTwin, TwinBlock, round_to_half
 from distill.model import ModelConfig, Student, rope_tables
 from distill.tokenizer import toy_tokenizer
@@ -46,8 +47,14 @@ def toy_student(seed: int) -> Student:
 
 
 def _prepare(out: Path, seed: int, name: str) -> tuple[pytorch.Shared, pytorch.ExportConfig]:
-    saved = checkpoint.save(out.with_name(f"{name}_checkpoint.pt"), toy_student(seed), toy_tokenizer(), step=0,
-                            loss=math.nan, stage="random")  # fmt: skip
+    saved = checkpoint.save(
+        out.with_name(f"{name}_checkpoint.pt"),
+        toy_student(seed),
+        toy_tokenizer(),
+        step=0,
+        loss=math.nan,
+        stage="random",
+    )
     config = pytorch.ExportConfig(saved, out.parent, "prefill", SEQ, (SEQ,), name=name)
     return pytorch.prepare(config), config
 
@@ -79,14 +86,23 @@ def make_block(out: Path, seed: int) -> Path:
         traced = pytorch.trace(block, (x,))
         found = traced(x)[:, :, 0].transpose(1, 2)
         half = round_to_half(_Block(shared.student))(x)[:, :, 0].transpose(1, 2)
-        sigma = goldens.relative_error(1) * y.norm(dim=-1, keepdim=True) / math.sqrt(d)
+        sigma = relative_error(1) * y.norm(dim=-1, keepdim=True) / math.sqrt(d)
     golden = {"input": x, "logits": y, "logits_half": half, "fp16_sigma": sigma}
     spec = [1, d, 1, SEQ]
     return pytorch.write_contract(
-        shared, out.parent, out.stem, golden, None, {str(SEQ): pytorch.compare(found, golden)},
-        mode="block", file=pytorch.save_program(traced, out), states=[], kv_layout=None,
-        inputs=[TensorSpec("x", spec, "float16")], outputs=[TensorSpec("y", spec, "float16")],
-    )  # fmt: skip
+        shared,
+        out.parent,
+        out.stem,
+        golden,
+        None,
+        {str(SEQ): pytorch.compare(found, golden)},
+        mode="block",
+        file=pytorch.save_program(traced, out),
+        states=[],
+        kv_layout=None,
+        inputs=[TensorSpec("x", spec, "float16")],
+        outputs=[TensorSpec("y", spec, "float16")],
+    )
 
 
 def make_torch(out: Path, seed: int) -> Path:
@@ -102,18 +118,27 @@ def make_onnx(out: Path, seed: int) -> Path:
     probes = _name_points(model.graph)
     with atomic_file(out) as temporary:
         temporary.write_bytes(model.SerializeToString())
-    golden = goldens.prefill_goldens(shared.student, shared.tokenizer, SEQ, [])
+    golden = goldens.prefill_goldens(shared.reference, SEQ, [])
     golden = {name: value for name, value in golden.items() if not name.startswith("probe.")}
     golden["logits_half"] = _run_rounded(model, golden)
     vocab = shared.student.config.vocab_size
-    evaluated = goldens.evaluation(shared.student, shared.tokenizer, shared.items, SEQ)
+    evaluated = goldens.evaluation(shared.reference, shared.items, SEQ)
     checked = {str(SEQ): pytorch.compare(_run(model, golden), golden)}
     shared.fields["probes"] = probes
     return pytorch.write_contract(
-        shared, out.parent, out.stem, golden, evaluated, checked,
-        mode="prefill", file=pytorch.file_ref(out), states=[], kv_layout=None,
-        inputs=[TensorSpec("input_ids", [1, SEQ], "int32")], outputs=[TensorSpec("logits", [1, SEQ, vocab], "float32")],
-    )  # fmt: skip
+        shared,
+        out.parent,
+        out.stem,
+        golden,
+        evaluated,
+        checked,
+        mode="prefill",
+        file=pytorch.file_ref(out),
+        states=[],
+        kv_layout=None,
+        inputs=[TensorSpec("input_ids", [1, SEQ], "int32")],
+        outputs=[TensorSpec("logits", [1, SEQ, vocab], "float32")],
+    )
 
 
 def _onnx_model(student: Student) -> Any:
@@ -122,9 +147,14 @@ def _onnx_model(student: Student) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            student, (ids,), dynamo=True, input_names=["input_ids"], output_names=["logits"],
-            opset_version=_OPSET, verbose=False,
-        )  # fmt: skip
+            student,
+            (ids,),
+            dynamo=True,
+            input_names=["input_ids"],
+            output_names=["logits"],
+            opset_version=_OPSET,
+            verbose=False,
+        )
     assert program is not None
     return program.model_proto
 
@@ -154,7 +184,9 @@ def _run(model: Any, golden: dict[str, torch.Tensor]) -> torch.Tensor:
     session = optional("onnxruntime", "onnx").InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    rows = [session.run(["logits"], {"input_ids": row[None].numpy().astype(np.int64)})[0][0] for row in golden["input_ids"]]  # fmt: skip
+    rows = [
+        session.run(["logits"], {"input_ids": row[None].numpy().astype(np.int64)})[0][0] for row in golden["input_ids"]
+    ]
     return torch.from_numpy(np.stack(rows)[:, golden["positions"].numpy()])
 
 
@@ -163,7 +195,8 @@ def _run_rounded(model: Any, golden: dict[str, torch.Tensor]) -> torch.Tensor:
     numpy_helper = optional("onnx", "onnx").numpy_helper
     rounded = type(model)()
     rounded.CopyFrom(model)
-    constants = [a.t for node in rounded.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"]  # fmt: skip
+    nodes = [node for node in rounded.graph.node if node.op_type == "Constant"]
+    constants = [a.t for node in nodes for a in node.attribute if a.name == "value"]
     for tensor in [*rounded.graph.initializer, *constants]:
         value = numpy_helper.to_array(tensor)
         if value.dtype == np.float32:

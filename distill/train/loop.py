@@ -72,9 +72,9 @@ def _run(config: TrainConfig, restart: bool, console: Console) -> Report:
         if not state.step:
             monitor.scalars(0, _named("val", state.before))
         state = _train(it, optimiser, state, monitor, stop)
+        speed = monitor.tokens_per_second
         after = _held_out(it)
         monitor.scalars(state.step, _named("val", after))
-        speed = monitor.tokens_per_second
     _say_held_out(console, "after", after)
     return Report(it.final, resume.finish(it, state, after, speed), False)
 
@@ -111,11 +111,11 @@ def _train(it: Run, optimiser: torch.optim.Optimizer, state: State, monitor: Mon
 
 
 def _held_out(it: Run) -> dict[str, float]:
-    """Per-token means over the held-out records, in fp32, by component; {} where there are none."""
+    """Per-token means over the held-out records, in fp32 at temperature 1, by component; {} where there are none."""
     size = it.config.stages()[0].batch_size
     order = sorted(range(len(it.val)), key=lambda i: len(it.val[i].ids))
     batches = (it.val.batch(order[at : at + size]).to(it.device) for at in range(0, len(order), size))
-    every = Objective(dict.fromkeys(COMPONENTS, 1.0), it.config.temperature, it.config.head_chunk)
+    every = Objective(dict.fromkeys(COMPONENTS, 1.0), chunk=it.config.head_chunk)
     return evaluate(it.start.student, batches, every).means
 
 

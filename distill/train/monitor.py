@@ -59,14 +59,10 @@ class Monitor:
         if not self.console.is_terminal and (step % every == 0 or step == self.total):
             left = (time.monotonic() - self._start) / (step - self._first) * (self.total - step)
             self.console.print(
-                f"{self._title}: step {step} of {self.total}  {facts}  {left:.0f} s left", highlight=False
+                f"{self._title}: step {step} of {self.total}  {facts}  {left:.0f} s left", highlight=False, soft_wrap=True
             )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write TensorBoard scalars."""
         for name, value in values.items() if self._writer else ():
             self._writer.add_scalar(name, value, step)  # type: ignore[union-attr]
-
-    def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -18,15 +18,29 @@ from distill.artifacts import provenance, read_json, sha256_file, write_json
 from distill.contract import Contract, read_contract
 from distill.convert.package import PLACEHOLDER, SPEC_FILE, WEIGHT_FILE, sidecar_folder
 from distill.errors import DistillError, InputError, PackageError, Skipped, stage_main
+from distill.export.tolerance import tolerance_factor
 from distill.gates import Gate
 from distill.verify import decoding, native, parity
 from distill.verify.runner import PackageRunner
 
 GATES = (
-    "package_loads", "contract", "weights_unaltered", "sidecar_unaltered", "interface", "shapes_run", "outputs_finite",
-    "outputs_vary", "parity_exact", "parity_fp16", "state", "named_points", "greedy_decode", "tool_span_f1",
-    "ane_eligibility", "core_ml",
-)  # fmt: skip
+    "package_loads",
+    "contract",
+    "weights_unaltered",
+    "sidecar_unaltered",
+    "interface",
+    "shapes_run",
+    "outputs_finite",
+    "outputs_vary",
+    "parity_exact",
+    "parity_fp16",
+    "state",
+    "named_points",
+    "greedy_decode",
+    "tool_span_f1",
+    "ane_eligibility",
+    "core_ml",
+)
 """In order. A gate that an earlier failure makes impossible fails with that reason."""
 EXECUTOR = "distill.mil"
 TOOL_F1 = 0.9
@@ -86,9 +100,13 @@ def run(config: ContractsConfig) -> dict[str, Any]:
         "details": check.details,
         "made_by": provenance(
             {"seq": config.seq},
-            {n: config.model / f for n, f in (("spec", SPEC_FILE), ("weights", WEIGHT_FILE)) if (config.model / f).is_file()},
+            {
+                n: config.model / f
+                for n, f in (("spec", SPEC_FILE), ("weights", WEIGHT_FILE))
+                if (config.model / f).is_file()
+            },
         ),
-    }  # fmt: skip
+    }
     if config.report is not None:
         write_json(config.report, report)
     return report
@@ -144,8 +162,12 @@ def _weights(runner: PackageRunner) -> Gate:
     if not path.is_file():
         raise PackageError(f"{path}: missing")
     observed = sha256_file(path)
-    return gates.holds(observed == ref.sha256, observed=observed[:16], threshold=ref.sha256[:16],
-                       reason=None if observed == ref.sha256 else "weight.bin is not the one that was converted")  # fmt: skip
+    return gates.holds(
+        observed == ref.sha256,
+        observed=observed[:16],
+        threshold=ref.sha256[:16],
+        reason=None if observed == ref.sha256 else "weight.bin is not the one that was converted",
+    )
 
 
 def _sidecar(runner: PackageRunner) -> Gate:
@@ -163,9 +185,12 @@ def _interface(runner: PackageRunner) -> Gate:
     """Names, shapes and types of inputs, outputs and states, against the serialized program."""
     function = runner.program.function()
     wanted, found = _wanted(runner.contract), _found(function)
-    wrong = [f"{kind} {name}: contract {wanted[kind].get(name, 'none')}, package {found[kind].get(name, 'none')}"
-             for kind in wanted for name in sorted(set(wanted[kind]) | set(found[kind]))
-             if wanted[kind].get(name) != found[kind].get(name)]  # fmt: skip
+    wrong = [
+        f"{kind} {name}: contract {wanted[kind].get(name, 'none')}, package {found[kind].get(name, 'none')}"
+        for kind in wanted
+        for name in sorted(set(wanted[kind]) | set(found[kind]))
+        if wanted[kind].get(name) != found[kind].get(name)
+    ]
     return gates.holds(not wrong, reason="; ".join(wrong) or None)
 
 
@@ -173,7 +198,11 @@ def _wanted(contract: Contract) -> dict[str, dict[str, str]]:
     def described(specs: Any) -> dict[str, str]:
         return {spec.name: f"{spec.dtype}{spec.shape}" for spec in specs}
 
-    return {"input": described(contract.inputs), "output": described(contract.outputs), "state": described(contract.states)}  # fmt: skip
+    return {
+        "input": described(contract.inputs),
+        "output": described(contract.outputs),
+        "state": described(contract.states),
+    }
 
 
 def _found(function: Any) -> dict[str, dict[str, str]]:
@@ -182,7 +211,11 @@ def _found(function: Any) -> dict[str, dict[str, str]]:
     def described(features: Any) -> dict[str, str]:
         return {f.name: f"{long.get(f.dtype, f.dtype)}{list(f.shape)}" for f in features}
 
-    return {"input": described(function.inputs), "output": described(function.outputs), "state": described(function.states)}  # fmt: skip
+    return {
+        "input": described(function.inputs),
+        "output": described(function.outputs),
+        "state": described(function.states),
+    }
 
 
 def _shapes(check: _Check, runner: PackageRunner) -> Gate:
@@ -208,23 +241,35 @@ def _vary(logits: np.ndarray) -> Gate:
     over_vocab = float(np.min(np.ptp(logits, axis=-1)))
     over_positions = float(np.ptp(logits, axis=1).max()) if logits.shape[1] > 1 else over_vocab
     ok = over_vocab > 0 and over_positions > 0
-    return gates.holds(ok, observed=min(over_vocab, over_positions), backend=EXECUTOR,
-                       reason=None if ok else "the output does not depend on the input")  # fmt: skip
+    return gates.holds(
+        ok,
+        observed=min(over_vocab, over_positions),
+        backend=EXECUTOR,
+        reason=None if ok else "the output does not depend on the input",
+    )
 
 
 def _parity(check: _Check, policy: str) -> Gate:
     golden = check.golden
-    tolerance = golden["fp16_sigma"] * decoding.tolerance_factor(golden["logits"].shape[-1])
+    tolerance = golden["fp16_sigma"] * tolerance_factor(golden["logits"].shape[-1])
     reference = golden["logits_half" if policy == "fp32" else "logits"]
     result = parity.compare(check.logits[policy], reference, tolerance)
     name = "parity_exact" if policy == "fp32" else "parity_fp16"
     check.details[name] = {k: _plain(v) for k, v in result._asdict().items()}
     if policy == "fp32":
-        return gates.at_most(result.relative, parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32",
-                             reason="||difference|| / ||logits||, worst position")  # fmt: skip
-    return gates.at_most(result.sigmas, 1.0, backend=f"{EXECUTOR} ieee16",
-                         reason=f"share of the derived fp16 error; max {result.max_error:.3g}, KL {result.kl:.2e}, "
-                                f"top-1 {result.top1:.1%}")  # fmt: skip
+        return gates.at_most(
+            result.relative,
+            parity.EXACT_TOLERANCE,
+            backend=f"{EXECUTOR} fp32",
+            reason="||difference|| / ||logits||, worst position",
+        )
+    return gates.at_most(
+        result.sigmas,
+        1.0,
+        backend=f"{EXECUTOR} ieee16",
+        reason=f"share of the derived fp16 error; max {result.max_error:.3g}, KL {result.kl:.2e}, "
+        f"top-1 {result.top1:.1%}",
+    )
 
 
 def _state(check: _Check, runner: PackageRunner) -> Gate:
@@ -260,8 +305,13 @@ def _points(check: _Check, runner: PackageRunner) -> Gate:
     worst = max(p.relative for p in points)
     if first is None:
         return gates.at_most(worst, parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32")
-    return gates.holds(False, observed=first.relative, threshold=parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32",
-                       reason=f"first diverging point {first.name}: op {first.op} -> {first.value}")  # fmt: skip
+    return gates.holds(
+        False,
+        observed=first.relative,
+        threshold=parity.EXACT_TOLERANCE,
+        backend=f"{EXECUTOR} fp32",
+        reason=f"first diverging point {first.name}: op {first.op} -> {first.value}",
+    )
 
 
 def _check_decoding(check: _Check, runner: PackageRunner) -> None:
@@ -292,8 +342,11 @@ def _ane(check: _Check, runner: PackageRunner) -> Gate:
     report = ane.lint(runner.program)
     check.details["ane_eligibility"] = report.to_json()
     errors = [finding for finding in report.findings if finding.severity == "error"]
-    return gates.holds(not errors, observed=f"{len(errors)} errors of {len(report.findings)} findings",
-                       reason=f"{errors[0].rule}: {errors[0].message}" if errors else "eligibility, not placement")  # fmt: skip
+    return gates.holds(
+        not errors,
+        observed=f"{len(errors)} errors of {len(report.findings)} findings",
+        reason=f"{errors[0].rule}: {errors[0].message}" if errors else "eligibility, not placement",
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,9 @@ import msgspec
 from distill import chat, gates
 from distill.chat import ToolCall
 from distill.errors import PackageError
-from distill.export.goldens import tolerance_factor
 from distill.gates import Gate
 from distill.tools import call_f1
 from distill.verify.runner import PackageRunner
-
-__all__ = ["Decoded", "decode_all", "f1_gate", "greedy_gate", "tolerance_factor"]
 
 
 class _Greedy(msgspec.Struct, frozen=True):
@@ -103,7 +100,13 @@ def f1_gate(results: list[Decoded], threshold: float) -> tuple[Gate, dict[str, A
         if call_f1([(p.calls, r.item.gold_calls or [], len(p.malformed))]).value < 1 and (r.item.gold_calls or p.calls)
     ]
     detail = {"prompts": len(judged), **score._asdict(), "f1": score.value, "wrong": wrong}
-    gate = gates.at_least(score.value, threshold, n=len(judged), n_min=10, backend="distill.mil ieee16",
-                          reason=f"{score.true_positive} right, {score.false_positive} wrong, "
-                                 f"{score.false_negative} missing calls over {len(judged)} prompts")  # fmt: skip
+    gate = gates.at_least(
+        score.value,
+        threshold,
+        n=len(judged),
+        n_min=10,
+        backend="distill.mil ieee16",
+        reason=f"{score.true_positive} right, {score.false_positive} wrong, "
+        f"{score.false_negative} missing calls over {len(judged)} prompts",
+    )
     return gate, detail

@@ -10,7 +10,7 @@ import numpy as np
 from distill import gates
 from distill.contract import Contract
 from distill.errors import PackageError, Skipped
-from distill.export.goldens import tolerance_factor
+from distill.export.tolerance import tolerance_factor
 from distill.gates import Gate
 from distill.versions import import_coremltools
 

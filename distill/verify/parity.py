@@ -8,7 +8,7 @@ arithmetic of the declared types good enough? Run under `ieee16` against the tra
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError

@@ -20,8 +20,9 @@ import torch
 from distill import checkpoint, gates
 from distill.artifacts import provenance, write_json
 from distill.errors import InputError, stage_main
-from distill.export.goldens import ProbeRecorder, fp16_sigma, relative_error, tolerance_factor
+from distill.export.goldens import ProbeRecorder
 from distill.export.pytorch import weights_sha256
+from distill.export.tolerance import fp16_sigma, relative_error, tolerance_factor
 from distill.export.twin import PrefillTwin, round_to_half
 from distill.gates import Gate
 from distill.model import Student
@@ -52,12 +53,16 @@ def run(package: Path, checkpoint_path: Path, ids: list[int] | None = None) -> R
         raise InputError(f"{package}: was not made from {checkpoint_path}: the contract names other weights")
     ids = ids or parity.load_goldens(runner)["input_ids"][-1].tolist()
     points, logits, sigmas = _as_it_runs(runner, student, ids)
-    worst = max(points, key=lambda p: p.relative / _allowed(p.name, student))
+    worst = max(points, key=lambda p: p.relative / _allowed(p.name, runner))
     result = {
-        "points_fp16": gates.at_most(worst.relative / _allowed(worst.name, student), 1.0, backend="distill.mil ieee16",
-                                     reason=f"share of the derived error, worst at {worst.name}"),
+        "points_fp16": gates.at_most(
+            worst.relative / _allowed(worst.name, runner),
+            1.0,
+            backend="distill.mil ieee16",
+            reason=f"share of the derived error, worst at {worst.name}",
+        ),
         "logits_fp16": gates.at_most(sigmas, 1.0, backend="distill.mil ieee16", reason="share of the derived error"),
-    }  # fmt: skip
+    }
     first = None
     if any("." in name for name in runner.contract.probes):
         first, result["exact"] = _exact(runner, student, ids)
@@ -74,7 +79,7 @@ def _as_it_runs(
     named = {name: value for name, value in expected.items() if name in runner.contract.probes}
     points = parity.compare_points(runner, named, ids, None, policy="ieee16", channels_first=_is_channels_first(runner))
     reference = student.lm_head(hidden).float()
-    tolerance = fp16_sigma(student, hidden) * tolerance_factor(student.config.vocab_size)
+    tolerance = fp16_sigma(student, hidden, runner.contract.fp16_gain) * tolerance_factor(student.config.vocab_size)
     result = parity.compare(runner.logits(ids)[None], reference.numpy(), tolerance.numpy())
     return points, result, result.sigmas
 
@@ -109,11 +114,13 @@ def _exact(runner: PackageRunner, student: Student, ids: list[int]) -> tuple[Poi
     first = parity.first_divergence(points)
     worst = max(p.relative for p in points)
     if first is None:
-        return None, gates.at_most(worst, parity.EXACT_TOLERANCE, backend="distill.mil fp32",
-                                   reason=f"{len(points)} modules")  # fmt: skip
+        return None, gates.at_most(
+            worst, parity.EXACT_TOLERANCE, backend="distill.mil fp32", reason=f"{len(points)} modules"
+        )
     reason = f"first diverging op: {first.op} -> {first.value} ({first.name})"
-    return first, gates.holds(False, observed=first.relative, threshold=parity.EXACT_TOLERANCE,
-                              backend="distill.mil fp32", reason=reason)  # fmt: skip
+    return first, gates.holds(
+        False, observed=first.relative, threshold=parity.EXACT_TOLERANCE, backend="distill.mil fp32", reason=reason
+    )
 
 
 def _is_channels_first(runner: PackageRunner) -> bool:
@@ -121,9 +128,13 @@ def _is_channels_first(runner: PackageRunner) -> bool:
     return any("." in name for name in runner.contract.probes)
 
 
-def _allowed(point: str, student: Student) -> float:
-    layers = student.config.num_hidden_layers if point == "final_norm" else int(point.removeprefix("block_")) + 1
-    return POINT_MARGIN * relative_error(layers)
+def _allowed(point: str, runner: PackageRunner) -> float:
+    layers = (
+        runner.contract.model_config.num_hidden_layers
+        if point == "final_norm"
+        else int(point.removeprefix("block_")) + 1
+    )
+    return POINT_MARGIN * runner.contract.fp16_gain * relative_error(layers)
 
 
 @stage_main
@@ -139,15 +150,26 @@ def main(argv: list[str] | None = None) -> int:
     for p in result.points:
         print(f"{p.name:12s} {p.op:10s} {p.max_error:10.3g} {p.relative:10.3g} {p.psnr:8.1f}")
     c = result.logits
-    print(f"{'logits':12s} {'':10s} {c.max_error:10.3g} {c.relative:10.3g} {c.psnr:8.1f}  "
-          f"KL {c.kl:.2e}  top-1 {c.top1:.1%}")  # fmt: skip
+    print(
+        f"{'logits':12s} {'':10s} {c.max_error:10.3g} {c.relative:10.3g} {c.psnr:8.1f}  "
+        f"KL {c.kl:.2e}  top-1 {c.top1:.1%}"
+    )
     print(gates.table(result.gates))
     print(f"{args.model}: {gates.summary(result.gates)}")
     if args.report is not None:
-        points = [{k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in p._asdict().items()}
-                  for p in result.points]  # fmt: skip
+        points = [
+            {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in p._asdict().items()}
+            for p in result.points
+        ]
         made = provenance({}, {"checkpoint": args.checkpoint})
-        write_json(args.report, {"schema": "distill-probes/1", "points": points, "gates": gates.to_json(result.gates),
-                                 "logits": {k: v if math.isfinite(v) else str(v) for k, v in c._asdict().items()},
-                                 "made_by": made})  # fmt: skip
+        write_json(
+            args.report,
+            {
+                "schema": "distill-probes/1",
+                "points": points,
+                "gates": gates.to_json(result.gates),
+                "logits": {k: v if math.isfinite(v) else str(v) for k, v in c._asdict().items()},
+                "made_by": made,
+            },
+        )
     return gates.exit_code(result.gates)

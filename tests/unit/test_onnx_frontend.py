@@ -144,9 +144,7 @@ CASES: dict[str, tuple[int, str]] = {
     ),
     "logical": (
         18,
-        many(
-            {f"y{op}": f"{op}(x, z)" for op in ("And", "Or", "Xor")}, "(bool[2,3] x, bool[3] z)", kind="bool"
-        ),
+        many({f"y{op}": f"{op}(x, z)" for op in ("And", "Or", "Xor")}, "(bool[2,3] x, bool[3] z)", kind="bool"),
     ),
     "reductions-attribute-axes": (
         13,
@@ -307,17 +305,13 @@ def test_values_keep_their_onnx_names_in_the_package(tmp_path: Path) -> None:
     package = tmp_path / "names.mlpackage"
     onnx.save(model, tmp_path / "names.onnx")
     convert(tmp_path / "names.onnx", compute_precision="fp32").save(str(package))
-    seen = {
-        name for step in mil.load(package).trace({"ids": np.zeros((1, 4), np.int32)}) for name in step.outputs
-    }
+    seen = {name for step in mil.load(package).trace({"ids": np.zeros((1, 4), np.int32)}) for name in step.outputs}
     assert {"h", mil_name("/blocks.0/soft:plus"), "s", "add_0"} <= seen
 
 
 def test_an_onnx_name_that_looks_like_one_of_coremltools_own_survives() -> None:
     """The pass that guards gather makes values called add_0, greater_equal_0 and select_0."""
-    model = graph(
-        "(int64[2] i, float[4,2] select_0) => (float y) { add_0 = Gather(select_0, i) y = Neg(add_0) }"
-    )
+    model = graph("(int64[2] i, float[4,2] select_0) => (float y) { add_0 = Gather(select_0, i) y = Neg(add_0) }")
     program = lower(model)
     frontend._reserve_names(program)
     converted = ct.convert(
@@ -349,17 +343,13 @@ def test_the_interface_is_the_graphs_with_int32_for_int64_and_bool(tmp_path: Pat
     }
     feeds = draw(model)
     expected, got = reference(model, feeds), execute(model, feeds, tmp_path)
-    assert all(
-        np.array_equal(got[name].astype(np.float32), expected[name].astype(np.float32)) for name in got
-    )
+    assert all(np.array_equal(got[name].astype(np.float32), expected[name].astype(np.float32)) for name in got)
 
 
 def test_one_weight_used_twice_is_one_const() -> None:
     weight = "<float[3,3] w = {1,2,3,4,5,6,7,8,9}>"
     program = lower(graph(f"(float[2,3] x) => (float y) {weight} {{ a = MatMul(x, w) y = MatMul(a, w) }}"))
-    consts = [
-        op for op in program.functions["main"].operations if op.op_type == "const" and op.val.val is not None
-    ]
+    consts = [op for op in program.functions["main"].operations if op.op_type == "const" and op.val.val is not None]
     assert sum(np.size(op.val.val) == 9 for op in consts) == 1
 
 
@@ -394,7 +384,9 @@ def test_a_mask_made_from_the_lowest_float_stays_finite_in_fp16(tmp_path: Path) 
 
 
 def test_a_product_that_only_resembles_rms_norm_is_left_alone(tmp_path: Path) -> None:
-    text = "{ s = Mul(x, z) m = ReduceMean <axes = [-1]> (s) v = Add(m, eps) r = Sqrt(v) q = Reciprocal(r) y = Mul(x, q) }"
+    text = (
+        "{ s = Mul(x, z) m = ReduceMean <axes = [-1]> (s) v = Add(m, eps) r = Sqrt(v) q = Reciprocal(r) y = Mul(x, q) }"
+    )
     consts = "<float eps = {9}>"
     assert_same(graph(f"(float[2,4] x, float[2,4] z) => (float y) {consts} {text}", 17), tmp_path)
 
@@ -461,9 +453,7 @@ def decoder() -> object:
             x = self.embed(ids)
             y = self.norms[0](x)
             q = self.q(y).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-            k, v = (
-                p(y).view(batch, length, self.kv, self.head_dim).transpose(1, 2) for p in (self.k, self.v)
-            )
+            k, v = (p(y).view(batch, length, self.kv, self.head_dim).transpose(1, 2) for p in (self.k, self.v))
             q, k = rope(q, cos, sin), rope(k, cos, sin)
             k, v = (t.repeat_interleave(self.heads // self.kv, 1) for t in (k, v))
             attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -557,9 +547,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_core_ml_cannot_hold_is_one_line_naming_the_file_and_the_thing(
-    reason: str, tmp_path: Path
-) -> None:
+def test_what_core_ml_cannot_hold_is_one_line_naming_the_file_and_the_thing(reason: str, tmp_path: Path) -> None:
     text, message = REFUSED[reason]
     onnx.save(graph(text, 11 if reason == "old opset" else 18), tmp_path / "case.onnx")
     with pytest.raises(InputError, match=message) as caught:

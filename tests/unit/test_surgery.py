@@ -149,9 +149,7 @@ def test_what_must_be_int64_stays_so(text: str) -> None:
 
 
 def test_constants_that_do_not_fit_stay_int64() -> None:
-    text = (
-        """(int64[2] ids) => (bool[2] y) <int64 big = {5000000000}> { i = Identity(ids) y = Equal(i, big) }"""
-    )
+    text = """(int64[2] ids) => (bool[2] y) <int64 big = {5000000000}> { i = Identity(ids) y = Equal(i, big) }"""
     model, _ = apply(text, sanitize)
     assert model.graph.initializer[0].data_type == onnx.TensorProto.INT64 and "Cast" in ops(model)
 
@@ -162,9 +160,7 @@ def test_named_dimensions_are_fixed_by_input_or_by_name(shapes: dict[str, tuple[
     model = graph(text)
     before = run(model, {"ids": np.ones((2, 5)), "m": np.arange(5)})
     assert surgery.static_shapes(model, shapes) == ["ids", "m"]
-    dims = [
-        [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)
-    ]
+    dims = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)]
     assert dims == [[2, 5], [5], [2, 5]]
     np.testing.assert_array_equal(before["y"], run(model, {"ids": np.ones((2, 5)), "m": np.arange(5)})["y"])
 
@@ -186,15 +182,15 @@ def test_a_shape_that_cannot_be_is_refused(shapes: dict[str, tuple[int, ...]], m
 
 
 def test_a_shape_that_breaks_the_graph_is_refused() -> None:
-    model = graph(
-        "(float[N,4] x) => (float[2,4] y) <float[3,4] w = {1,2,3,4,1,2,3,4,1,2,3,4}> { y = Add(x, w) }"
-    )
+    model = graph("(float[N,4] x) => (float[2,4] y) <float[3,4] w = {1,2,3,4,1,2,3,4,1,2,3,4}> { y = Add(x, w) }")
     with pytest.raises(InputError, match=r"the ONNX model: .*Incompatible dimensions"):
         sanitize(model, {"x": (2, 4)})
 
 
 def test_unused_weights_and_dead_nodes_go() -> None:
-    text = "(float[2] x) => (float[2] y) <float[2] w = {1,2}, float[2] v = {1,2}> { d = Add(x, w) e = Neg(d) y = Neg(x) }"
+    text = (
+        "(float[2] x) => (float[2] y) <float[2] w = {1,2}, float[2] v = {1,2}> { d = Add(x, w) e = Neg(d) y = Neg(x) }"
+    )
     model, report = apply(text, sanitize)
     assert ops(model) == ["Neg"] and not model.graph.initializer
     assert report.changed["remove_dead_nodes"] == ["d", "e"]  # type: ignore[attr-defined]
@@ -229,9 +225,7 @@ def test_two_outputs_of_one_value_keep_both_names() -> None:
 
 def test_values_that_a_branch_reads_are_uses() -> None:
     branch = "{branch} = inner () => (float[2] {out}) {{ {out} = {op}(hidden) }}"
-    then, other = (
-        branch.format(branch=f"{b}_branch", out=b, op=op) for b, op in (("then", "Neg"), ("else", "Abs"))
-    )
+    then, other = (branch.format(branch=f"{b}_branch", out=b, op=op) for b, op in (("then", "Neg"), ("else", "Abs")))
     text = f"(float[2] x, bool c) => (float[2] y) {{ k = Neg(x) hidden = Identity(k) y = If(c) <{then}, {other}> }}"
     assert "Identity" in ops(apply(text, sanitize)[0])
 
@@ -241,9 +235,7 @@ def test_local_functions_are_inlined() -> None:
         { y = mine.twice(x) } <domain: "mine", opset_import: ["" : 18]> twice (a) => (b) { b = Add(a, a) }"""
     model = onnx.parser.parse_model(text)
     report = sanitize(model)
-    assert (
-        ops(model) == ["Add"] and not model.functions and report.changed["inline_functions"] == ["mine.twice"]
-    )
+    assert ops(model) == ["Add"] and not model.functions and report.changed["inline_functions"] == ["mine.twice"]
 
 
 # --- all of them -----------------------------------------------------------------------------------------
@@ -265,9 +257,7 @@ def graphs(draw: st.DrawFn) -> str:
         if kind == "unary":
             nodes.append(f"{name} = {draw(st.sampled_from(UNARY))}({source})")
         elif kind == "binary":
-            nodes.append(
-                f"{name} = {draw(st.sampled_from(BINARY))}({source}, {draw(st.sampled_from(floats))})"
-            )
+            nodes.append(f"{name} = {draw(st.sampled_from(BINARY))}({source}, {draw(st.sampled_from(floats))})")
         elif kind == "constant":
             nodes.append(f"c{index} = Constant <value_float = 1.5> () {name} = Mul({source}, c{index})")
         elif kind == "shape":

@@ -112,8 +112,12 @@ def test_a_finished_run_is_not_repeated_and_another_configuration_needs_restart(
 def test_what_is_absent_is_said_and_never_zero(tmp_path: Path) -> None:
     path = write_set(tmp_path / "text.jsonl", distributions=False, truth=None, val=0)
     report, text = _run(config(tmp_path, path))
-    assert "kl_div is absent" in text and "ce_ground_truth is absent" in text and "held-out evaluation is absent" in text
-    assert report.values["absent"] == ["kl_div", "ce_ground_truth"] and set(report.values["loss_weights"]) == {"ce_teacher"}
+    assert (
+        "kl_div is absent" in text and "ce_ground_truth is absent" in text and "held-out evaluation is absent" in text
+    )
+    assert report.values["absent"] == ["kl_div", "ce_ground_truth"] and set(report.values["loss_weights"]) == {
+        "ce_teacher"
+    }
     assert report.values["held_out"]["after"] == {}
     only = LossWeights(1.0, 0.0, 0.0)
     with pytest.raises(ConfigError, match="no training record carries kl_div"):
@@ -232,5 +236,5 @@ def test_learning_rate_rises_then_falls_to_its_floor() -> None:
         rates = [learning_rate(s, 100, peak=1.0, schedule=schedule, warmup=0.1, floor=0.1) for s in range(100)]
         assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
         assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
-        assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+        assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(0, 1, peak=2.0, schedule="constant", warmup=0.0, floor=0.0) == 2.0

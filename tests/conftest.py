@@ -1,0 +1,63 @@
+"""Toy artefacts, made once a session through the real stages: data, training, export, conversion. About 8 s."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toys are too small to share between cores
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SEQ, SEQ_LONG = 64, 128
+
+
+class Toy(NamedTuple):
+    """Where the toy artefacts lie. Tests copy what they change."""
+
+    folder: Path
+    data: Path
+    checkpoint: Path
+    exported: Path
+    """student_prefill_T64, student_prefill_T128 and student_decode, with their contracts."""
+    prefill: Path
+    """The T=64 package."""
+    prefill_long: Path
+    """The T=128 package."""
+    decode: Path
+    """The package with a key-value state."""
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The toy tool-calling student, from dataset to packages."""
+    import msgspec
+    from rich.console import Console
+
+    from distill.convert import coreml
+    from distill.data import toy as data
+    from distill.export import pytorch
+    from distill.train import loop
+    from distill.train.toy import PRESETS, toy_config, toy_model
+
+    folder = tmp_path_factory.mktemp("toy")
+    made = Toy(folder, folder / "kd.jsonl", folder / "toy.ckpt", folder / "exported",
+               *(folder / f"{name}.mlpackage" for name in ("prefill", "prefill_long", "decode")))  # fmt: skip
+    data.write(made.data, "tools", 128)
+    config = toy_config(
+        str(made.data), str(made.checkpoint), preset=PRESETS["tools"], model=toy_model(), device="cpu", seed=0
+    )
+    config = msgspec.structs.replace(config, runs=str(folder / "runs"))
+    loop.run(config, restart=True, console=Console(quiet=True))
+    pytorch.run(
+        pytorch.ExportConfig(made.checkpoint, made.exported, "both", SEQ, (SEQ, SEQ_LONG), toy=True)
+    )
+    for name, package in {
+        f"student_prefill_T{SEQ}": made.prefill,
+        f"student_prefill_T{SEQ_LONG}": made.prefill_long,
+        "student_decode": made.decode,
+    }.items():
+        coreml.run(coreml.ConvertConfig(made.exported / f"{name}.pt", package))
+    return made
