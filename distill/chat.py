@@ -20,6 +20,7 @@ from distill.tokenizer import CALL_END, CALL_START, END_OF_TEXT, TURN_END, TURN_
 
 ROLES = ("system", "user", "assistant", "tool")
 _CONTROL = re.compile("|".join(re.escape(token) for token in (END_OF_TEXT, TURN_START, TURN_END)))
+_MARK = re.compile("|".join(re.escape(mark) for mark in (END_OF_TEXT, TURN_START, TURN_END, CALL_START, CALL_END)))
 _CALL = re.compile(re.escape(CALL_START) + r"(.*?)" + re.escape(CALL_END), re.DOTALL)
 _TOOLS_HEAD = "Functions you can call, one JSON schema a line:\n"
 _TOOLS_TAIL = f'\nTo call one, write {CALL_START}{{"name": ..., "arguments": {{...}}}}{CALL_END}.'
@@ -93,14 +94,19 @@ def call_text(call: ToolCall) -> str:
 def segments(
     messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = False
 ) -> list[Segment]:
-    """Render a conversation. InputError if a message holds a control token (prompt injection)."""
+    """Render a conversation. InputError if a message, call or tool holds a control token (prompt injection), or an
+    assistant's words or arguments hold the marks of a call, which `parse` could not tell from a real one."""
     out: list[Segment] = []
     for index, message in enumerate(messages):
-        if found := _CONTROL.search(message.content):
-            raise InputError(f"message {index} ({message.role}) contains the control token {found.group()}")
+        _refuse(_CONTROL, message.content, f"message {index} ({message.role})")
+        if message.role == "assistant":
+            _refuse(_MARK, message.content, f"message {index} ({message.role})")
+        for call in message.tool_calls:
+            _refuse(_MARK, _json([call.name, call.arguments]), f"message {index}, call {call.name!r}")
     if tools:
         system = messages[0].content + "\n\n" if messages and messages[0].role == "system" else ""
         listing = "\n".join(_json(tool.get("function", tool)) for tool in tools)
+        _refuse(_CONTROL, listing, "a tool's schema")
         out.append(Segment(f"{TURN_START}system\n{system}{_TOOLS_HEAD}{listing}{_TOOLS_TAIL}{TURN_END}\n", False))
     for index, message in enumerate(messages):
         if tools and index == 0 and message.role == "system":
@@ -166,6 +172,11 @@ class _StrictCall(msgspec.Struct, forbid_unknown_fields=True):
 
     def plain(self) -> ToolCall:
         return ToolCall(self.name, self.arguments)
+
+
+def _refuse(pattern: re.Pattern[str], text: str, where: str) -> None:
+    if found := pattern.search(text):
+        raise InputError(f"{where} contains the control token {found.group()}")
 
 
 def _json(value: Any) -> str:

@@ -15,6 +15,14 @@ from distill.artifacts import read_json
 from distill.errors import InputError
 from distill.model import ModelConfig
 
+SIDECAR_NAMES = {
+    "goldens": "goldens.safetensors",
+    "evaluation": "evaluation.json",
+    "tokenizer": "tokenizer.json",
+    "chat_template": "chat_template.jinja",
+}
+"""What travels with a program: role -> file name beside a package."""
+
 
 class TensorSpec(msgspec.Struct, frozen=True):
     """An input, output or state."""
@@ -73,6 +81,13 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Twin module -> name of its value in the program; empty in an export."""
     made_by: dict[str, Any]
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        wanted = 2 if self.mode == "decode" else 1
+        if len(self.inputs) != wanted or not self.outputs or not all(t.shape for t in (*self.inputs, *self.outputs)):
+            raise ValueError(f"a {self.mode} program takes {wanted} input(s) with a shape and gives an output")
+        if unknown := set(self.sidecar) - SIDECAR_NAMES.keys():
+            raise ValueError(f"sidecar: no file has the role {', '.join(sorted(unknown))}")
 
     def sequence(self) -> int:
         """Tokens per call: T of a prefill, 1 of a decode."""

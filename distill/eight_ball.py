@@ -139,7 +139,7 @@ def _summary(
         f"sizes     {sizes['parameters']:,} parameters, checkpoint {sizes['checkpoint_bytes'] / 1e6:.2f} MB, "
         f"package {sizes['package_bytes'] / 1e6:.2f} MB",
         "answers   most frequent: " + ", ".join(f"{text!r} {n}" for text, n in common),
-        f"package   {config.package} (sha256 of its weights {sha256_file(config.package / contracts.WEIGHT_FILE)[:12]})",
+        f"package   {config.package} (weights sha256 {sha256_file(config.package / contracts.WEIGHT_FILE)[:12]})",
         f"report    {config.report}",
         f"gates     {gates.summary(result)}",
         f"time      {seconds:.0f} s",

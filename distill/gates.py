@@ -44,7 +44,7 @@ def holds(
     ok: bool, *, observed: Any = None, threshold: Any = None, backend: str | None = None, reason: str | None = None
 ) -> Gate:
     """Pass iff `ok`. `reason` should say what was wrong when it is not."""
-    return Gate("pass" if ok else "fail", observed, threshold, backend, reason)
+    return Gate("pass" if ok else "fail", _plain(observed), threshold, backend, reason)
 
 
 def skipped(reason: str, *, backend: str | None = None) -> Gate:
@@ -101,8 +101,9 @@ def to_json(gates: dict[str, Gate]) -> dict[str, Any]:
     return msgspec.to_builtins(gates)
 
 
-def _plain(value: float) -> Any:
-    return value if math.isfinite(value) else str(value)
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they are text in a report."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:

@@ -308,7 +308,7 @@ class Student(nn.Module):
         `cache`, one entry a layer (or empty to begin), is extended in place. `attention_mask` is a boolean
         [B, 1, T, S] (True: attend) that replaces the causal one. Padding on the right needs none.
         """
-        b, t = input_ids_BT.shape
+        t = input_ids_BT.shape[1]
         past = cache[0].keys.shape[2] if cache else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + t, device=input_ids_BT.device)[None]

@@ -45,6 +45,38 @@ def call_f1(pairs: Iterable[tuple[Sequence[ToolCall], Sequence[ToolCall], int]])
     return F1(true_positive, false_positive, false_negative)
 
 
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,),
+    "array": (list,), "null": (type(None),),
+}  # fmt: skip
+
+
+def arguments_problem(call: ToolCall, schema: dict[str, Any]) -> str | None:
+    """Why a call's arguments break the tool's JSON schema, or None: required and unknown names, types, enums."""
+    parameters = schema.get("parameters", {})
+    properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
+    if not isinstance(properties, dict) or not all(isinstance(rule, dict) for rule in properties.values()):
+        return "the tool's parameters are not a JSON schema"
+    for name in parameters.get("required", []):
+        if name not in call.arguments:
+            return f"argument {name} is missing"
+    for name, value in call.arguments.items():
+        if name not in properties:
+            return f"argument {name} is not in the schema"
+        rule = properties[name]
+        if "enum" in rule and not any(_typed(value) == _typed(choice) for choice in rule["enum"]):
+            return f"argument {name} is not one of its enum"
+        wanted = rule.get("type")
+        kinds = [wanted] if isinstance(wanted, str) else wanted or []
+        if kinds and not any(_is_type(value, kind) for kind in kinds):
+            return f"argument {name} is not of type {' or '.join(kinds)}"
+    return None
+
+
+def _is_type(value: object, kind: str) -> bool:
+    return isinstance(value, _JSON_TYPES.get(kind, (object,))) and (kind == "boolean" or not isinstance(value, bool))
+
+
 def _typed(value: object) -> object:
     if isinstance(value, dict):
         return ("object", frozenset((key, _typed(item)) for key, item in value.items()))

@@ -30,6 +30,28 @@ class Toy(NamedTuple):
     """The package with a key-value state."""
 
 
+class Documented(NamedTuple):
+    """What `make toy-e2e` leaves behind."""
+
+    package: Path = Path("/tmp/toy_T128.mlpackage")
+    checkpoint: Path = Path("/tmp/toy.ckpt")
+
+
+@pytest.fixture(scope="session")
+def toy_e2e() -> Documented:
+    """The documented pipeline's own package; skipped, by name, where there is none or another version made it."""
+    from distill.artifacts import code_version, read_json
+    from distill.convert.package import sidecar_folder
+
+    made = Documented()
+    if not made.package.exists():
+        pytest.skip(f"{made.package} is not there: make toy-e2e has not run")
+    by = read_json(sidecar_folder(made.package) / "contract.json")["made_by"]["code"]
+    if by != code_version():
+        pytest.skip(f"{made.package} is of version {by}, this is {code_version()}: run make toy-e2e again")
+    return made
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """The toy tool-calling student, from dataset to packages."""
@@ -51,9 +73,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     )
     config = msgspec.structs.replace(config, runs=str(folder / "runs"))
     loop.run(config, restart=True, console=Console(quiet=True))
-    pytorch.run(
-        pytorch.ExportConfig(made.checkpoint, made.exported, "both", SEQ, (SEQ, SEQ_LONG), toy=True)
-    )
+    pytorch.run(pytorch.ExportConfig(made.checkpoint, made.exported, "both", SEQ, (SEQ, SEQ_LONG), toy=True))
     for name, package in {
         f"student_prefill_T{SEQ}": made.prefill,
         f"student_prefill_T{SEQ_LONG}": made.prefill_long,

@@ -7,6 +7,9 @@ python -m conversion.convert_coreml --backend pytorch|onnx --in P --out X.mlpack
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,14 +50,18 @@ class ConvertConfig(NamedTuple):
 def run(config: ConvertConfig) -> Contract | None:
     """Convert; returns the package's contract (None for a placeholder or an ONNX file without one)."""
     require_python("conversion")
+    if not config.source.is_file():
+        raise InputError(f"{config.source}: no such file")
+    if config.out.suffix != ".mlpackage":
+        raise InputError(f"--out {config.out}: a Core ML package's name ends in .mlpackage")
     if installed("coremltools") is None and config.allow_placeholder:
         save_placeholder(config.out, "coremltools is not installed where this was converted")
         return None
     ct = import_coremltools()
     path = config.contract or config.source.with_name(f"{config.source.stem}_contract.json")
-    if not config.source.is_file():
-        raise InputError(f"{config.source}: no such file")
-    contract = read_contract(path) if config.backend == "pytorch" or config.contract or path.is_file() else None
+    if config.backend == "pytorch" and not path.is_file():
+        raise InputError(f"{config.source}: not loaded, since it is code, and no {path} names its sha256")
+    contract = read_contract(path) if config.contract or path.is_file() else None
     if contract is not None:
         _check(contract, config, path)
     lower = _from_torchscript if config.backend == "pytorch" else _from_onnx
@@ -86,12 +93,15 @@ def _check(contract: Contract, config: ConvertConfig, path: Path) -> None:
     # an ONNX file is data, and surgery may have rewritten it: its meaning is checked by parity
     if config.backend == "pytorch" and sha256_file(config.source) != contract.file.sha256:
         raise CheckpointError(
-            f"{config.source}: is not the program that {path.name} describes (sha256 differs); not loaded, since it is code"
+            f"{config.source}: its sha256 is not the one in {path.name}; not loaded, since it is code"
         )
     if config.seq is not None and contract.mode != "decode" and config.seq != contract.sequence():
         lengths = contract.enumerated_T
         hint = f"this file is T={contract.sequence()}" if config.seq in lengths else f"T={config.seq} is not enumerated"
         raise InputError(f"--seq {config.seq}: {hint}; the export has T = {', '.join(map(str, lengths))}")
+    checked = contract.shape_validation.get(str(max(contract.enumerated_T) if contract.states else contract.sequence()))
+    if checked is not None and checked.status == "fail":
+        raise InputError(f"{path}: the export of this shape failed its own validation: {checked.reason}")
 
 
 def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any:
@@ -100,7 +110,7 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
         program = torch.jit.load(str(config.source), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{config.source}: not a TorchScript program: {str(error).splitlines()[0]}") from error
-    with quiet():
+    with quiet(), _one_line(config.source):
         return ct.convert(
             program,
             source="pytorch",
@@ -122,6 +132,20 @@ def _from_onnx(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any
     from distill.convert import onnx
 
     return onnx.convert(config.source, compute_precision="fp16", minimum_deployment_target=_target(config, contract))
+
+
+@contextlib.contextmanager
+def _one_line(source: Path) -> Iterator[None]:
+    """coremltools raises bare exceptions of many lines; a full disk is not about `source` and passes."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if "FileWriter" in str(error):
+            raise InputError(f"cannot write coremltools' temporary files: is {tempfile.gettempdir()} full?") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{source}: coremltools cannot convert it: {lines[-1].strip()}") from error
 
 
 def _target(config: ConvertConfig, contract: Contract | None) -> str:

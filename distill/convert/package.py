@@ -6,6 +6,7 @@ metadata; `X.contract/` beside it holds contract.json, the tokenizer, the chat t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import uuid
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from distill.artifacts import atomic_dir, canonical_json, sha256_file
-from distill.contract import Contract, FileRef, sidecar_path
+from distill.contract import SIDECAR_NAMES, Contract, FileRef, sidecar_path
 from distill.errors import InputError, PackageError
 
 CONTRACT_KEY = "distill.contract"
@@ -36,9 +37,9 @@ def save_package(model: Any, out: Path, contract: Contract | None, sidecar_from:
 
     Returns the package's contract, with the fingerprint of weight.bin. Both folders appear whole or not at all.
     """
-    if out.suffix != ".mlpackage":
-        raise InputError(f"--out {out}: a Core ML package's name ends in .mlpackage")
-    with atomic_dir(out) as temporary:
+    with contextlib.ExitStack() as stack:
+        # both are complete before either is renamed: a full disk leaves the old package and the old sidecar
+        temporary = stack.enter_context(atomic_dir(out))
         _save_model(model, temporary)
         weights = temporary / WEIGHT_FILE
         if contract is not None and sidecar_from is not None:
@@ -48,25 +49,17 @@ def save_package(model: Any, out: Path, contract: Contract | None, sidecar_from:
                 else None
             )
             refs = {
-                role: msgspec.structs.replace(ref_, name=_SIDECAR_NAMES[role])
-                for role, ref_ in contract.sidecar.items()
+                role: msgspec.structs.replace(ref_, name=SIDECAR_NAMES[role]) for role, ref_ in contract.sidecar.items()
             }
             contract_out = msgspec.structs.replace(
                 contract, schema="distill-package/1", name=out.stem, file=ref, sidecar=refs
             )
-            _write_sidecar(sidecar_folder(out), contract, contract_out, sidecar_from)
+            sidecar = stack.enter_context(atomic_dir(sidecar_folder(out)))
+            _write_sidecar(sidecar, contract, contract_out, sidecar_from)
             contract = contract_out
         _finish_spec(temporary / SPEC_FILE, contract)
         _fix_manifest(temporary / "Manifest.json")
     return contract
-
-
-_SIDECAR_NAMES = {
-    "goldens": "goldens.safetensors",
-    "evaluation": "evaluation.json",
-    "tokenizer": "tokenizer.json",
-    "chat_template": "chat_template.jinja",
-}
 
 
 def save_placeholder(out: Path, reason: str) -> None:
@@ -118,10 +111,9 @@ def _fix_manifest(path: Path) -> None:
 
 
 def _write_sidecar(folder: Path, exported: Contract, package: Contract, source: Path) -> None:
-    with atomic_dir(folder) as temporary:
-        for role, ref in exported.sidecar.items():
-            origin = sidecar_path(source, ref)
-            if sha256_file(origin) != ref.sha256:
-                raise InputError(f"{origin}: does not match the sha256 in its contract")
-            shutil.copyfile(origin, temporary / package.sidecar[role].name)
-        (temporary / "contract.json").write_text(json.dumps(msgspec.to_builtins(package), indent=2) + "\n")
+    for role, ref in exported.sidecar.items():
+        origin = sidecar_path(source, ref)
+        if sha256_file(origin) != ref.sha256:
+            raise InputError(f"{origin}: does not match the sha256 in its contract")
+        shutil.copyfile(origin, folder / package.sidecar[role].name)
+    (folder / "contract.json").write_text(json.dumps(msgspec.to_builtins(package), indent=2) + "\n")

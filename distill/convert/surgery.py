@@ -1,6 +1,6 @@
 """ONNX surgery: named rewrites, in order, that make an exported graph static, small and fit for Core ML.
 
-    python -m distill.convert.surgery --in a.onnx --out b.onnx [--shape input_ids=1,64]
+    distill surgery --in a.onnx --out b.onnx [--shape input_ids=1,64]
 
 The result computes what the model computed, in onnxruntime as in Core ML, and doing it twice changes nothing.
 """
@@ -8,7 +8,6 @@ The result computes what the model computed, in onnxruntime as in Core ML, and d
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from distill.convert.onnx_graph import (
     read,
     static_shape,
 )
-from distill.errors import InputError
+from distill.errors import InputError, stage_main
 
 MAX_FOLDED_ELEMENTS = 2**20  # a larger constant would weigh more in the file than the node that makes it
 MAX_ROUNDS = 10
@@ -307,26 +306,18 @@ def _shape_argument(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(int(p) for p in parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m distill.convert.surgery", description=(__doc__ or "").split("\n")[0]
-    )
+@stage_main
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite an ONNX file and print what changed."""
+    parser = argparse.ArgumentParser(prog="distill surgery", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--in", dest="source", type=Path, required=True, help="the ONNX model")
     parser.add_argument("--out", type=Path, required=True, help="where the rewritten model goes")
     parser.add_argument(
         "--shape", type=_shape_argument, action="append", default=[], help="fix an input, e.g. input_ids=1,64"
     )
     args = parser.parse_args(argv)
-    try:
-        model = read(args.source)
-        report = sanitize(model, dict(args.shape), file=str(args.source))
-        write(model, args.out)
-    except InputError as error:
-        print(f"surgery: {error}", file=sys.stderr)
-        return 2
+    model = read(args.source)
+    report = sanitize(model, dict(args.shape), file=str(args.source))
+    write(model, args.out)
     Console().print(report.table())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,9 @@ def run(source: Path, out: Path) -> list[Path]:
     primary = next((p for p, c in contracts.items() if c.mode == "prefill" and c.sequence() == _primary(c)), None)
     if primary is None:
         raise InputError(f"{source}: holds no exported prefill program; run make pytorch-worker first")
+    lengths = {c.sequence() for c in contracts.values() if c.mode == "prefill"}
+    if absent := sorted(set(contracts[primary].enumerated_T) - lengths):
+        raise InputError(f"{source}: lacks the enumerated T = {', '.join(map(str, absent))}; export it again")
     packages = []
     for path in [primary, *(p for p in contracts if p != primary)]:
         contract = contracts[path]
@@ -32,7 +35,7 @@ def run(source: Path, out: Path) -> list[Path]:
 
 
 def _primary(contract: Contract) -> int:
-    return int(contract.made_by["config"]["primary"])
+    return int(contract.made_by.get("config", {}).get("primary", 0))
 
 
 @stage_main

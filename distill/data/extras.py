@@ -13,6 +13,7 @@ def teacher_extra(name: str) -> ModuleType:
     """Import a module of the extra `teacher`; where it is absent, one line says how to get it."""
     if name == "transformers":
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         module = importlib.import_module(name)

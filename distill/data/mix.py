@@ -42,7 +42,7 @@ class MixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Longest answer; one that is cut off is rejected."""
     temperature: float = 0.7
     top_p: float = 0.95
-    concurrency: int = 8
+    concurrency: int = 16
     """Requests in flight."""
     timeout_s: float = 120.0
     """Longest wait for one answer."""
@@ -125,10 +125,10 @@ async def gather(asker: Asker, queue: Sequence[Request], total: int, config: Mix
                 raise Paused(f"the teacher stopped answering ({error}); run the same command again to go on") from error
             return
         failures = 0
-        if answer.reject == "http" and not accepted:  # not journalled: what is wrong may be the set-up
+        if answer.reject in ("http", "malformed") and not accepted:  # not journalled: what is wrong may be the set-up
             refused += 1
             if refused >= _DOWN_AFTER:
-                raise InputError(f"the teacher refuses every request: {answer.detail}")
+                raise InputError(f"the teacher gives no usable answer: {answer.detail}")
             return
         journal.add(request.key, answer)
         accepted += reject_of(answer) is None
@@ -283,7 +283,7 @@ def _write(out: Path, built: Built, spec: Spec, identity: kd.Teacher, tokenizer:
 def main(argv: list[str] | None = None) -> int:
     """Generate a KD dataset from a teacher."""
     parser = argparse.ArgumentParser(
-        prog="kd-dataset", description="A teacher's answers as a KD dataset. Run it again to go on after a stop."
+        prog="distill kd-dataset", description="A teacher's answers as a KD dataset. Run it again to go on after a stop."
     )
     parser.add_argument("--out", required=True, help="the dataset to write, F.jsonl")
     parser.add_argument("--teacher", required=True, help="http(s)://, gguf:FILE-or-package, hf:org/model or a folder")

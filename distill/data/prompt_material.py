@@ -56,7 +56,8 @@ ACTIONS = (
 PAIRS = (
     "tea and coffee", "cats and dogs", "summer and winter", "trains and planes", "books and films",
     "cities and villages", "running and walking", "apples and oranges", "pens and pencils", "rivers and lakes",
-    "the sun and the moon", "bread and rice", "bicycles and cars", "email and letters", "phones and laptops", "bees and wasps",
+    "the sun and the moon", "bread and rice", "bicycles and cars", "email and letters", "phones and laptops",
+    "bees and wasps",
     "butter and olive oil", "cotton and wool", "gold and silver", "wood and metal", "paper books and e-books",
     "chess and checkers", "football and tennis", "violins and guitars", "poems and stories", "rain and snow",
     "breakfast and dinner", "early mornings and late nights", "renting and buying a home", "saving and spending",
@@ -139,7 +140,8 @@ REQUESTS = (
     "tell me a fact about the sea", "suggest a password rule that I can remember", "explain airplane mode",
     "tell me how to greet a new neighbour", "help me decide between tea and coffee",
     "give me a packing list for one night", "tell me how long to boil an egg", "suggest a healthy snack",
-    "explain what a calorie is", "tell me what a byte is", "help me say sorry to a friend", "write a short note for the fridge",
+    "explain what a calorie is", "tell me what a byte is", "help me say sorry to a friend",
+    "write a short note for the fridge",
 )  # fmt: skip
 MANNERS = ("in one sentence", "in two sentences", "briefly", "in simple words", "like a friend would",
            "without small talk", "and say why")  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from distill import chat
@@ -156,5 +156,5 @@ def _is_point(name: str) -> bool:
 def write_goldens(path: Path, tensors: dict[str, Tensor]) -> Path:
     """Write goldens as safetensors, whole or not at all."""
     with atomic_file(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        temporary.write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
     return path

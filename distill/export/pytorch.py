@@ -10,9 +10,12 @@ and tokenizer.json and chat_template.jinja once. Every program is compared with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import shutil
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +26,7 @@ from torch import Tensor
 from distill import chat, checkpoint
 from distill.artifacts import atomic_file, provenance, sha256_file, write_json, write_text
 from distill.contract import Contract, FileRef, ShapeValidation, TensorSpec
-from distill.errors import InputError, stage_main
+from distill.errors import InputError, describe_os_error, stage_main
 from distill.export import goldens
 from distill.export.prompts import evaluation_items
 from distill.export.tolerance import fp16_gain
@@ -74,13 +77,31 @@ class Shared(NamedTuple):
 
 def run(config: ExportConfig) -> list[Path]:
     """Export; returns the contracts written. InputError for bad input or if the primary shape fails."""
-    shared = prepare(config)
-    written = []
-    if config.mode in ("prefill", "both"):
-        written += _prefills(shared, config)
-    if config.mode in ("decode", "both"):
-        written.append(_decode(shared, config))
-    return written
+    with _together(config.out) as folder:
+        staged = config._replace(out=folder)
+        shared = prepare(staged)
+        written = []
+        if config.mode in ("prefill", "both"):
+            written += _prefills(shared, staged)
+        if config.mode in ("decode", "both"):
+            written.append(_decode(shared, staged))
+    return [config.out / path.name for path in written]
+
+
+@contextlib.contextmanager
+def _together(out: Path) -> Iterator[Path]:
+    """A folder whose files are moved to `out` on a clean exit, contracts last: programs and contracts stay in step."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".export.", suffix=".tmp", dir=out))
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {describe_os_error(error)}") from error
+    try:
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith("_contract.json")):
+            file.replace(out / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(config: ExportConfig) -> Shared:
@@ -88,7 +109,8 @@ def prepare(config: ExportConfig) -> Shared:
     require_python("export")
     loaded = checkpoint.load(config.checkpoint)
     student = loaded.student.float().eval()
-    lengths, primary = _lengths(config, loaded.provenance.get("config", {}))
+    positions = student.config.max_position_embeddings
+    lengths, primary = _lengths(config, loaded.provenance.get("config", {}), positions)
     fields: dict[str, Any] = {
         "schema": "distill-export/1",
         "enumerated_T": lengths,
@@ -107,11 +129,11 @@ def prepare(config: ExportConfig) -> Shared:
         | {"stage": loaded.stage, "step": loaded.step, "lineage": loaded.lineage},
         "versions": versions(),
     }
+    items = evaluation_items(loaded, toy_set=config.toy)
     sidecar = {
         "tokenizer": file_ref(write_text(config.out / "tokenizer.json", loaded.tokenizer.to_json())),
         "chat_template": file_ref(write_text(config.out / "chat_template.jinja", chat.JINJA)),
     }
-    items = evaluation_items(loaded, toy_set=config.toy)
     return Shared(
         goldens.Reference(student, loaded.tokenizer, fields["fp16_gain"]), lengths, primary, items, fields, sidecar
     )
@@ -126,13 +148,15 @@ def weights_sha256(student: Student) -> str:
     return digest.hexdigest()
 
 
-def _lengths(config: ExportConfig, trained: dict[str, Any]) -> tuple[list[int], int]:
+def _lengths(config: ExportConfig, trained: dict[str, Any], positions: int) -> tuple[list[int], int]:
     """The lengths, ascending, and the primary one."""
     chosen = list(config.enumerated_T) or list((trained.get("export") or {}).get("seq") or DEFAULT_T)
     if config.seq is not None and config.seq not in chosen:
         raise InputError(f"--seq {config.seq} is not one of the enumerated lengths {chosen}")
     if len(set(chosen)) != len(chosen) or min(chosen) < 2:
         raise InputError(f"--enumerated-T {chosen}: lengths must be distinct and at least 2")
+    if max(chosen) > positions:
+        raise InputError(f"--enumerated-T {chosen}: the model's max_position_embeddings is {positions}")
     return sorted(chosen), chosen[0] if config.seq is None else config.seq
 
 
@@ -260,8 +284,9 @@ def compare(found: Tensor, golden: dict[str, Tensor]) -> ShapeValidation:
 
 
 def save_program(traced: Any, path: Path) -> FileRef:
+    program = traced.save_to_buffer()  # torch's own file writer aborts the process when the disk is full
     with atomic_file(path) as temporary:
-        torch.jit.save(traced, str(temporary))
+        temporary.write_bytes(program)
     return file_ref(path)
 
 

@@ -27,7 +27,7 @@ def load_config(path: str, max_steps: int | None = None) -> TrainConfig:
 @stage_main
 def main(argv: list[str] | None = None) -> int:
     """Train."""
-    parser = argparse.ArgumentParser(prog="distill-kd", description="Distil a student from a KD dataset.")
+    parser = argparse.ArgumentParser(prog="distill worker", description="Distil a student from a KD dataset.")
     parser.add_argument(
         "--config", required=True, help="configs/*.yaml: every key is documented in distill/train/config.py"
     )

@@ -59,7 +59,9 @@ class Monitor:
         if not self.console.is_terminal and (step % every == 0 or step == self.total):
             left = (time.monotonic() - self._start) / (step - self._first) * (self.total - step)
             self.console.print(
-                f"{self._title}: step {step} of {self.total}  {facts}  {left:.0f} s left", highlight=False, soft_wrap=True
+                f"{self._title}: step {step} of {self.total}  {facts}  {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

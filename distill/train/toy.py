@@ -68,7 +68,7 @@ def _preset(data: str) -> Preset:
 @stage_main
 def main(argv: list[str] | None = None) -> int:
     """Train a toy student. Always from the start: it takes seconds."""
-    parser = argparse.ArgumentParser(prog="run-toy-distill", description="Train a toy student on a toy KD dataset.")
+    parser = argparse.ArgumentParser(prog="distill toy-distill", description="Train a toy student on a toy KD dataset.")
     parser.add_argument("--in", dest="data", required=True, help="toy KD dataset, F.jsonl")
     parser.add_argument("--out", required=True, help="checkpoint to write")
     parser.add_argument("--epochs", type=int, help="passes over the data (default: the set's preset)")
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 @stage_main
 def make_main(argv: list[str] | None = None) -> int:
     """Write a toy dataset, a configuration and first weights for `training.distill_kd`."""
-    parser = argparse.ArgumentParser(prog="make-toy-training", description=make_main.__doc__)
+    parser = argparse.ArgumentParser(prog="distill toy-training", description=make_main.__doc__)
     parser.add_argument("--out-dir", required=True, help="folder to write into")
     parser.add_argument("--samples", type=int, default=10, help="records of the dataset")
     parser.add_argument("--steps", type=int, default=5, help="training steps of the configuration")

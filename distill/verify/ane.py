@@ -252,7 +252,7 @@ def print_report(report: LintReport, console: Console | None = None) -> None:
 @stage_main
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m distill.verify.ane", description=(__doc__ or "").splitlines()[0]
+        prog="distill ane", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("model", type=Path, help="an .mlpackage")
     parser.add_argument(

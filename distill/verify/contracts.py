@@ -223,6 +223,8 @@ def _shapes(check: _Check, runner: PackageRunner) -> Gate:
     contract = runner.contract
     if contract.mode != "decode" and contract.enumerated_T != [contract.sequence()]:
         raise PackageError(f"the contract lists T = {contract.enumerated_T}, the program takes {contract.sequence()}")
+    if contract.states and contract.states[0].shape[2:3] != [max(contract.enumerated_T, default=0)]:
+        raise PackageError(f"the contract lists T = {contract.enumerated_T}, the state is {contract.states[0].shape}")
     check.golden = parity.load_goldens(runner)
     check.logits["ieee16"] = parity.run_goldens(runner, check.golden)
     runner.policy = "fp32"

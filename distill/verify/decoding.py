@@ -62,13 +62,19 @@ def decode_all(runner: PackageRunner, evaluation: Any) -> list[Decoded]:
     out = []
     for item in parsed.items:
         reference = item.greedy
-        if not len(reference.tokens) == len(reference.margins) == len(reference.tolerance):
-            raise PackageError(f"{runner.sidecar('evaluation')}: item {item.id}: greedy lists differ in length")
+        if not 0 < len(reference.tokens) == len(reference.margins) == len(reference.tolerance):
+            raise PackageError(
+                f"{runner.sidecar('evaluation')}: item {item.id}: greedy lists empty or of unequal length"
+            )
         fed = item.prompt_ids + reference.tokens[:-1]
         chosen = runner.logits(fed)[len(item.prompt_ids) - 1 :].argmax(-1).tolist()
         mismatches = [i for i, (a, b) in enumerate(zip(chosen, reference.tokens, strict=True)) if a != b]
-        ties = [i for i in mismatches if reference.margins[i] <= 2 * reference.tolerance[i]]
-        tokens = list(runner.generate(item.prompt_ids, item.max_new_tokens, tokenizer.stop_ids))
+        ties = [i for i in mismatches if reference.margins[i] < reference.tolerance[i]]
+        if item.gold_calls is None and not mismatches:
+            # greedy decoding is a function of the tokens before: it would repeat these very steps
+            tokens = [token for token in reference.tokens if token not in tokenizer.stop_ids]
+        else:
+            tokens = list(runner.generate(item.prompt_ids, item.max_new_tokens, tokenizer.stop_ids))
         out.append(Decoded(item, tokenizer.decode(tokens), tokens, mismatches, ties))
     return out
 

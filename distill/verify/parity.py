@@ -49,7 +49,33 @@ def load_goldens(runner: PackageRunner) -> dict[str, np.ndarray]:
     needed = (*inputs, "logits", "logits_half", "fp16_sigma")
     if missing := [name for name in needed if name not in golden]:
         raise PackageError(f"{path}: lacks {', '.join(missing)}")
+    if wrong := _wrong_golden(runner, golden):
+        raise PackageError(f"{path}: {wrong} is not what the contract says")
     return golden
+
+
+def _wrong_golden(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str | None:
+    """The first golden of a shape or range that the package's contract rules out."""
+    contract = runner.contract
+    logits, out = golden["logits"], contract.outputs[0].shape
+    if contract.mode == "block":
+        if list(golden["input"].shape) != contract.inputs[0].shape:
+            return "input"
+    else:
+        ids, at = golden["input_ids"], golden["positions"]
+        longest = runner.capacity if contract.mode == "decode" else contract.sequence()
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= longest or not ids.shape[0] or ids.dtype.kind not in "iu":
+            return "input_ids"
+        if ids.min() < 0 or ids.max() >= contract.model_config.vocab_size:
+            return "input_ids"
+        if at.ndim != 1 or at.dtype.kind not in "iu" or not at.size or at.min() < 0 or at.max() >= ids.shape[1]:
+            return "positions"
+        if logits.shape != (len(ids), len(at), out[-1]):
+            return "logits"
+    if golden["logits_half"].shape != logits.shape:
+        return "logits_half"
+    sigma = golden["fp16_sigma"]
+    return None if sigma.shape == (*logits.shape[:-1], 1) and (sigma > 0).all() else "fp16_sigma"
 
 
 def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndarray:
@@ -110,7 +136,10 @@ def compare_points(
     `expected`: point -> values; with `positions`, the last axis holds only those. `channels_first`: the program holds
     (1, D, 1, S) where `expected` holds [1, S, D].
     """
-    probes = {value: name for name, value in runner.contract.probes.items() if name in expected}
+    probes: dict[str, list[str]] = {}  # several modules may end in one value
+    for name, value in runner.contract.probes.items():
+        if name in expected:
+            probes.setdefault(value, []).append(name)
     missing = [name for name in expected if name not in runner.contract.probes]
     if missing:
         raise PackageError(f"{runner.path}: its contract maps no value to {', '.join(missing)}")
@@ -124,7 +153,8 @@ def compare_points(
             if value in probes:
                 if channels_first:
                     found = found[:, :, 0].swapaxes(1, 2)
-                points.append(_point(probes.pop(value), value, step.op.type, found, expected, positions))
+                names = sorted(probes.pop(value), key=lambda name: -name.count("."))  # the innermost module first
+                points += [_point(name, value, step.op.type, found, expected, positions) for name in names]
     if probes:
         raise PackageError(f"{runner.path}: the program makes no value {', '.join(probes)}")
     return points

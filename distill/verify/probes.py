@@ -53,7 +53,8 @@ def run(package: Path, checkpoint_path: Path, ids: list[int] | None = None) -> R
         raise InputError(f"{package}: was not made from {checkpoint_path}: the contract names other weights")
     ids = ids or parity.load_goldens(runner)["input_ids"][-1].tolist()
     points, logits, sigmas = _as_it_runs(runner, student, ids)
-    worst = max(points, key=lambda p: p.relative / _allowed(p.name, runner))
+    # a NaN is the worst of all, and max() does not see it
+    worst = max(points, key=lambda p: math.inf if math.isnan(p.relative) else p.relative / _allowed(p.name, runner))
     result = {
         "points_fp16": gates.at_most(
             worst.relative / _allowed(worst.name, runner),

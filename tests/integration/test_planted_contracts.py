@@ -15,6 +15,7 @@ from distill.verify.contracts import GATES
 from tests.integration.conftest import Verify
 from tests.integration.spoil import Spoilt
 
+
 def _set(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda data: data.update(changes)
 
@@ -30,12 +31,12 @@ WRONG_CONTRACTS = {
     "shape of the output": (_spec("outputs", shape=[1, 64, 1000]), "interface"),
     "name of the output": (_spec("outputs", name="scores"), "interface"),
     "type of the output": (_spec("outputs", dtype="float32"), "interface"),
-    "a state that is not there": (_set(states=[{"name": "kv", "shape": [4, 1, 64, 32], "dtype": "float16"}]), "interface"),
+    "a state that is not there": (_set(states=[{"name": "kv", "shape": [4, 1], "dtype": "float16"}]), "interface"),
     "a shape that the package lacks": (_set(enumerated_T=[64, 128]), "shapes_run"),
     "another shape": (_set(enumerated_T=[128]), "shapes_run"),
     "no shape": (_set(enumerated_T=[]), "shapes_run"),
     "another tokenizer": (_set(tokenizer_sha256="0" * 64), "sidecar_unaltered"),
-    "fewer rows than the tokenizer has ids": (lambda data: data["model_config"].update(vocab_size=512), "sidecar_unaltered"),
+    "rows for half of the tokenizer": (lambda data: data["model_config"].update(vocab_size=512), "sidecar_unaltered"),
     "a point at another value": (lambda data: data["probes"].update(block_0=data["probes"]["block_1"]), "named_points"),
     "a point at no value": (lambda data: data["probes"].update(block_0="nothing"), "named_points"),
     "no input": (_set(inputs=[]), "package_loads"),
@@ -47,9 +48,7 @@ WRONG_CONTRACTS = {
 
 
 @pytest.mark.parametrize("fault", WRONG_CONTRACTS)
-def test_a_wrong_contract_fails(
-    quick: dict[str, Path], fault: str, tmp_path: Path, verify: Verify
-) -> None:
+def test_a_wrong_contract_fails(quick: dict[str, Path], fault: str, tmp_path: Path, verify: Verify) -> None:
     change, gate = WRONG_CONTRACTS[fault]
     verdict = verify(Spoilt(quick["prefill"], tmp_path).contract(change).save())
     assert verdict.code == 1 and verdict.failed()[0] == gate, verdict.failed()

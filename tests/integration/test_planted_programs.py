@@ -57,8 +57,7 @@ def _convert(module: torch.nn.Module, example: tuple[torch.Tensor, ...], inputs:
         pytorch.trace(module, example),
         inputs=[ct.TensorType(name, shape=shape, dtype=np.int32) for name, shape in inputs.items()],
         outputs=[ct.TensorType(name, dtype=np.float16) for name in outputs],
-        states=[ct.StateType(ct.TensorType(shape=shape, dtype=np.float16), name) for name, shape in (states or {}).items()]
-        or None,
+        states=[ct.StateType(ct.TensorType(shape=s, dtype=np.float16), n) for n, s in (states or {}).items()] or None,
         convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18,
         compute_precision=ct.precision.FLOAT16, skip_model_load=True,
     )  # fmt: skip
@@ -66,7 +65,9 @@ def _convert(module: torch.nn.Module, example: tuple[torch.Tensor, ...], inputs:
 
 def _two_outputs(toy: Toy, folder: Path) -> Path:
     student = checkpoint.load(toy.checkpoint).student
-    model = _convert(_Two(student), (torch.zeros((1, 64), dtype=torch.int32),), {"input_ids": (1, 64)}, ["logits", "other"])
+    model = _convert(
+        _Two(student), (torch.zeros((1, 64), dtype=torch.int32),), {"input_ids": (1, 64)}, ["logits", "other"]
+    )
     contract = read_contract(toy.exported / "student_prefill_T64_contract.json")
     spec = contract.outputs[0]
     probes = {name.removeprefix("twin."): value for name, value in coreml._probes(model, contract).items()}
@@ -95,9 +96,7 @@ def test_a_dropped_state_write_is_seen_in_the_state_and_in_the_logits(
     assert verdict["interface"]["status"] == "pass"
 
 
-def test_a_program_without_its_last_write_state_is_seen(
-    quick: dict[str, Path], tmp_path: Path, verify: Verify
-) -> None:
+def test_a_program_without_its_last_write_state_is_seen(quick: dict[str, Path], tmp_path: Path, verify: Verify) -> None:
     spoilt = Spoilt(quick["decode"], tmp_path)
     writes = [op for op in spoilt.operations if op.type == "write_state"]
     verdict = verify(spoilt.remove(writes[-1]).save())

@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("worker_*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_worker_configuration_loads(path: Path) -> None:
-    assert load(path, TrainConfig).stage == "worker"
+    assert load(path, TrainConfig).stage.startswith("worker")
 
 
 @pytest.mark.parametrize(
