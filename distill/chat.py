@@ -94,13 +94,12 @@ def call_text(call: ToolCall) -> str:
 def segments(
     messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = False
 ) -> list[Segment]:
-    """Render a conversation. InputError if a message, call or tool holds a control token (prompt injection), or an
-    assistant's words or arguments hold the marks of a call, which `parse` could not tell from a real one."""
+    """Render a conversation. InputError if a message, call or tool holds a control token (prompt injection), or a
+    call's arguments hold the marks of a call, which `parse` would cut it at. An assistant's content may be its text as
+    written, calls included."""
     out: list[Segment] = []
     for index, message in enumerate(messages):
         _refuse(_CONTROL, message.content, f"message {index} ({message.role})")
-        if message.role == "assistant":
-            _refuse(_MARK, message.content, f"message {index} ({message.role})")
         for call in message.tool_calls:
             _refuse(_MARK, _json([call.name, call.arguments]), f"message {index}, call {call.name!r}")
     if tools:

@@ -8,6 +8,7 @@ The result computes what the model computed, in onnxruntime as in Core ML, and d
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

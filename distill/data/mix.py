@@ -283,7 +283,8 @@ def _write(out: Path, built: Built, spec: Spec, identity: kd.Teacher, tokenizer:
 def main(argv: list[str] | None = None) -> int:
     """Generate a KD dataset from a teacher."""
     parser = argparse.ArgumentParser(
-        prog="distill kd-dataset", description="A teacher's answers as a KD dataset. Run it again to go on after a stop."
+        prog="distill kd-dataset",
+        description="A teacher's answers as a KD dataset. Run it again to go on after a stop.",
     )
     parser.add_argument("--out", required=True, help="the dataset to write, F.jsonl")
     parser.add_argument("--teacher", required=True, help="http(s)://, gguf:FILE-or-package, hf:org/model or a folder")

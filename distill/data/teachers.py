@@ -21,7 +21,7 @@ import msgspec
 from distill import chat
 from distill.data.schema import Teacher, Usage
 from distill.errors import InputError
-from distill.tokenizer import TURN_END
+from distill.tokenizer import CALL_END, CALL_START, TURN_END
 
 KEY_VARIABLES = ("TEACHER_API_KEY", "MOONSHOT_API_KEY", "OPENAI_API_KEY")
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -102,6 +102,8 @@ def reject_of(answer: Answer) -> str | None:
         return "filtered"
     if not answer.text.strip():
         return "empty"
+    if CALL_START in answer.text or CALL_END in answer.text:
+        return "tool_leak"  # no tools were offered
     try:
         chat.segments([chat.Message("user", "?"), chat.Message("assistant", answer.text)])
     except InputError:

@@ -191,7 +191,9 @@ def _trie_rows(
 @stage_main
 def main(argv: list[str] | None = None) -> int:
     """Write a toy dataset."""
-    parser = argparse.ArgumentParser(prog="distill toy-kd", description="A toy KD dataset with its teacher's distributions.")
+    parser = argparse.ArgumentParser(
+        prog="distill toy-kd", description="A toy KD dataset with its teacher's distributions."
+    )
     parser.add_argument("--out", required=True, help="the dataset to write, F.jsonl")
     parser.add_argument("--n", type=int, default=128, help="number of samples")
     parser.add_argument("--kind", choices=KINDS, default="tools", help="tool calls, or the 8-ball's answers")

@@ -55,9 +55,7 @@ class BlobReader:
         """The metadata record at `offset`."""
         assert self._map is not None
         if offset % _RECORD_BYTES or not _RECORD_BYTES <= offset <= self.size - _RECORD_BYTES:
-            raise PackageError(
-                f"{self.path}: blob offset {offset} is not a record in a file of {self.size} bytes"
-            )
+            raise PackageError(f"{self.path}: blob offset {offset} is not a record in a file of {self.size} bytes")
         sentinel, code, size, data, _padding = _RECORD.unpack_from(self._map, offset)
         if sentinel != _SENTINEL:
             raise PackageError(f"{self.path}: no blob record at offset {offset} (sentinel is {sentinel:#x})")

@@ -31,9 +31,7 @@ def parse_features(
     )
 
 
-def _features(
-    described: Sequence[Any], types: Mapping[str, ValueType], role: str, fail: _Fail
-) -> list[Feature]:
+def _features(described: Sequence[Any], types: Mapping[str, ValueType], role: str, fail: _Fail) -> list[Feature]:
     features: dict[str, Feature] = {}
     for proto in described:
         if proto.name in features:
@@ -64,9 +62,7 @@ def _tensor(name: str, array: Any, declared: ValueType, optional: bool, fail: _F
         raise fail(f"feature {name!r} has unknown data type {array.dataType}")
     shape: Shape = tuple(array.shape) or declared.shape
     enumerated = tuple(tuple(s.shape) for s in array.enumeratedShapes.shapes)
-    ranges = tuple(
-        (r.lowerBound, None if r.upperBound < 0 else r.upperBound) for r in array.shapeRange.sizeRanges
-    )
+    ranges = tuple((r.lowerBound, None if r.upperBound < 0 else r.upperBound) for r in array.shapeRange.sizeRanges)
     for each in (shape, *enumerated):
         if any(d is not None and not 0 <= d <= dtypes.MAX_ELEMENTS for d in each):
             raise fail(f"feature {name!r} has shape {list(each)}")

@@ -17,9 +17,7 @@ from distill.mil.values import RUNTIME, from_numpy
 _INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 
 
-def check_inputs(
-    program: Program, function: Function, given: Mapping[str, Any], policy: Policy
-) -> list[Tensor]:
+def check_inputs(program: Program, function: Function, given: Mapping[str, Any], policy: Policy) -> list[Tensor]:
     """The arguments in the order of function.inputs."""
     place = f"{program.path}: function {function.name}"
     names = [f.name for f in function.inputs]
@@ -59,9 +57,7 @@ def check_shape(feature: Feature, array: np.ndarray, place: str) -> np.ndarray:
         good = array.shape in allowed
         wanted = "one of " + ", ".join(str(list(s)) for s in allowed)
     elif feature.ranges:
-        fits = [
-            low <= n and (high is None or n <= high) for n, (low, high) in zip(array.shape, feature.ranges)
-        ]
+        fits = [low <= n and (high is None or n <= high) for n, (low, high) in zip(array.shape, feature.ranges)]
         good = array.ndim == len(feature.ranges) and all(fits)
         wanted = "[" + ", ".join(f"{low}..{high or ''}" for low, high in feature.ranges) + "]"
     else:

@@ -41,9 +41,7 @@ class Package:
         if not path.is_dir():
             raise PackageError(f"{path}: an .mlpackage is a folder, this is a file")
         if (path / PLACEHOLDER).exists():
-            raise PackageError(
-                f"{path} is a placeholder package: it was made without Core ML and holds no model"
-            )
+            raise PackageError(f"{path} is a placeholder package: it was made without Core ML and holds no model")
         self._root = path.resolve()
         self.model = self._find_model()
         self._readers: dict[Path, BlobReader] = {}
@@ -78,9 +76,7 @@ class Package:
             if not resolved.is_file():
                 raise PackageError(f"{self.path}: {what}: no such file")
         except (OSError, ValueError, RuntimeError) as error:
-            raise PackageError(
-                f"{self.path}: {what} leads out of the package or cannot be read: {error}"
-            ) from error
+            raise PackageError(f"{self.path}: {what} leads out of the package or cannot be read: {error}") from error
         return resolved
 
     def read_model(self) -> bytes:

@@ -164,9 +164,7 @@ class _Walker:
                 raise self.fail(place, "a state wraps something other than a tensor")
             return StateType(wrapped)
         if kind == "listType":
-            return ListType(
-                self.value_type(proto.listType.type, place), self.dimension(proto.listType.length, place)
-            )
+            return ListType(self.value_type(proto.listType.type, place), self.dimension(proto.listType.length, place))
         if kind in ("tupleType", "dictionaryType"):
             return OtherType(kind.removesuffix("Type"))
         raise self.fail(place, "a value without a type")
@@ -204,9 +202,7 @@ class _Walker:
         if what in ("list", "tuple"):
             return Value(kind, [self.value(v, place) for v in getattr(immediate, what).values])
         if what == "dictionary":
-            pairs = [
-                (self.value(p.key, place), self.value(p.value, place)) for p in immediate.dictionary.values
-            ]
+            pairs = [(self.value(p.key, place), self.value(p.value, place)) for p in immediate.dictionary.values]
             return Value(kind, {k.numpy().item() if k.numpy().size == 1 else str(k): v for k, v in pairs})
         raise self.fail(place, f"a {what} value for type {kind}")
 

@@ -80,9 +80,7 @@ def fits(shape: Sequence[int], declared: TensorType) -> bool:
     """Whether a shape is one that the declared type allows."""
     if declared.variadic:
         return True
-    return len(shape) == len(declared.shape) and all(
-        d is None or d == n for n, d in zip(shape, declared.shape)
-    )
+    return len(shape) == len(declared.shape) and all(d is None or d == n for n, d in zip(shape, declared.shape))
 
 
 @dataclass(slots=True)
@@ -112,9 +110,7 @@ class Plan:
             op = instruction.op
             what = ", ".join(f"{name} {shape_of(run.values[slot])}" for name, slot, _ in instruction.reads)
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PackageError(
-                f"{self.place}: {op.type} {op.output_name!r} failed: {message} ({what})"
-            ) from error
+            raise PackageError(f"{self.place}: {op.type} {op.output_name!r} failed: {message} ({what})") from error
 
     def results(self, run: Run) -> list[Any]:
         return [run.values[o] if type(o) is int else o for o in self.outputs]

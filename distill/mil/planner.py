@@ -99,9 +99,7 @@ class Planner:
         free_dead(plan.instructions, inputs, [o for o in outputs if type(o) is int])
         return plan
 
-    def instruction(
-        self, op: Operation, known: dict[str, Any], slots: dict[str, int], place: str
-    ) -> Instruction:
+    def instruction(self, op: Operation, known: dict[str, Any], slots: dict[str, int], place: str) -> Instruction:
         handler = TABLE[op.type]
         where = f"{place}: {op.type} {op.output_name!r}"
         made = Instruction(op, handler, handler.function, {}, [], [], [], [], [])

@@ -268,9 +268,7 @@ class Program:
         """The named function, or the default one."""
         wanted = self.default_function if name is None else name
         if wanted not in self.functions:
-            raise InputError(
-                f"{self.path}: no function {wanted!r}; it has {', '.join(sorted(self.functions))}"
-            )
+            raise InputError(f"{self.path}: no function {wanted!r}; it has {', '.join(sorted(self.functions))}")
         return self.functions[wanted]
 
     def predict(

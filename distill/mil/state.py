@@ -65,7 +65,5 @@ class State:
     def set(self, name: str, value: Tensor) -> None:
         """Replace the tensor itself; for the interpreter."""
         if self.get(name).shape != value.shape:
-            raise InputError(
-                f"state {name!r} has shape {list(self.get(name).shape)}, written with {list(value.shape)}"
-            )
+            raise InputError(f"state {name!r} has shape {list(self.get(name).shape)}, written with {list(value.shape)}")
         self._tensors[name] = value

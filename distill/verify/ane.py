@@ -90,9 +90,7 @@ class LintReport:
         """Eligibility passes without errors; placement is there when it was asked for."""
         errors = [f for f in self.findings if f.severity == "error"]
         reason = f"{errors[0].rule} at {errors[0].where}: {errors[0].message}" if errors else None
-        verdict = gates.holds(
-            not errors, observed=self.counts, threshold={"error": 0}, backend="lint", reason=reason
-        )
+        verdict = gates.holds(not errors, observed=self.counts, threshold={"error": 0}, backend="lint", reason=reason)
         return {ELIGIBILITY: verdict} | ({PLACEMENT: self.placement} if self.placement else {})
 
     @property
@@ -229,9 +227,7 @@ def print_report(report: LintReport, console: Console | None = None) -> None:
     for finding in report.findings:
         by_rule.setdefault(finding.rule, []).append(finding)
     if by_rule:
-        table = Table(
-            "severity", "rule", "n", "first at", "what was found", title=f"ANE eligibility: {report.model}"
-        )
+        table = Table("severity", "rule", "n", "first at", "what was found", title=f"ANE eligibility: {report.model}")
         for id, found in by_rule.items():
             cells = (
                 found[0].severity,
@@ -251,13 +247,9 @@ def print_report(report: LintReport, console: Console | None = None) -> None:
 
 @stage_main
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="distill ane", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="distill ane", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="an .mlpackage")
-    parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write the report, every finding in it, to OUT"
-    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report, every finding in it, to OUT")
     parser.add_argument("--strict", action="store_true", help="exit 3 on warnings and on skipped checks")
     args = parser.parse_args(argv)
     try:

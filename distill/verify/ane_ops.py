@@ -50,9 +50,7 @@ OFF_ANE: dict[str, str] = (
     dict.fromkeys(("rnn", "lstm", "gru"), _RECURRENT)
     | dict.fromkeys(("cond", "while_loop", "call"), _BRANCH)
     | dict.fromkeys(_LISTS, _NO_PATH)
-    | dict.fromkeys(
-        ("random_bernoulli", "random_categorical", "random_normal"), f"{_NO_PATH}; draw on the host"
-    )
+    | dict.fromkeys(("random_bernoulli", "random_categorical", "random_normal"), f"{_NO_PATH}; draw on the host")
     | {"non_zero": _EMPTY, "custom_layer": _CUSTOM}
 )
 

@@ -53,9 +53,7 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(
-    id: str, severity: Severity, title: str, source: str, conflict: str = ""
-) -> Callable[[Check], Check]:
+def rule(id: str, severity: Severity, title: str, source: str, conflict: str = "") -> Callable[[Check], Check]:
     """Enter a check into the table; an id twice is a mistake."""
 
     def enter(check: Check) -> Check:
@@ -170,9 +168,7 @@ def last_axis_inner(view: View, limits: Limits) -> Iterator[Hit]:
         narrow = [o for o in f.operations if any(_is_narrow(t.type, limits) for t in o.outputs)]
         if narrow:
             first = narrow[0].outputs[0].type
-            yield at(
-                f, narrow[0], f"{len(narrow)} of {len(f.operations)} operations; the first makes {first}"
-            )
+            yield at(f, narrow[0], f"{len(narrow)} of {len(f.operations)} operations; the first makes {first}")
 
 
 def _is_narrow(type_: object, limits: Limits) -> bool:

@@ -47,7 +47,10 @@ def test_a_good_package_passes_every_gate_that_this_machine_can_check(toy: Toy, 
     assert verdict["tool_span_f1"]["observed"] >= 0.9
     if sys.platform != "darwin":
         assert "macOS" in verdict.reason("core_ml")
-        assert verify(getattr(toy, mode), "--strict").code == 3
+
+
+def test_under_strict_a_skipped_gate_is_not_a_success(quick: dict[str, Path], verify: Verify) -> None:
+    assert verify(quick["prefill"], "--strict").code == 3
 
 
 def test_the_list_of_constants_is_complete(toy: Toy) -> None:

@@ -103,13 +103,15 @@ def test_a_control_token_is_refused_wherever_it_hides(token: str) -> None:
             chat.render(messages, offered)
 
 
-def test_an_assistant_cannot_fake_the_marks_of_a_call() -> None:
-    for turn in (
-        Message("assistant", "<tool_call>"),
-        Message("assistant", "", (ToolCall("f", {"a": "</tool_call>"}),)),
-    ):
-        with pytest.raises(InputError, match="tool_call"):
-            chat.render([turn])
+def test_arguments_cannot_end_their_own_call() -> None:
+    with pytest.raises(InputError, match="tool_call"):
+        chat.render([Message("assistant", "", (ToolCall("f", {"a": "</tool_call>"}),))])
+
+
+def test_a_turn_as_written_renders_like_its_parts() -> None:
+    turn = Message("assistant", "Sure.", (ToolCall("f", {"a": 1}),))
+    written = Message("assistant", "Sure." + chat.call_text(turn.tool_calls[0]))
+    assert chat.segments([written]) == chat.segments([turn])
 
 
 @pytest.mark.parametrize(

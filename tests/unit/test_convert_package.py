@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,20 @@ from tests.conftest import Toy
 from tests.integration.spoil import Spoilt
 
 SMALL: dict[str, Any] = dict(vocab_size=1088, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+                             num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+                             max_position_embeddings=64)  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
-    "qwen3": {"qk_norm": True, "head_dim": 32, "rms_norm_eps": 1e-6},
-    "mistral": {"sliding_window": 7},
-    "llama 3": {"rope_scaling": RopeScaling("llama3", 8.0, original_max_position_embeddings=16), "output_bias": True,
-                "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"qk_norm": True, "rms_norm_eps": 1e-6},
+    "windowed": {"sliding_window": 7, "output_bias": True, "mlp_bias": True,
+                 "rope_scaling": RopeScaling("llama3", 8.0, original_max_position_embeddings=16)},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=list(FAMILIES))
 def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.mlpackage (T=32) and decode.mlpackage of a small random student of the family."""
-    folder = tmp_path_factory.mktemp(request.param.replace(" ", ""))
+    folder = tmp_path_factory.mktemp(request.param)
     student = Student(ModelConfig(**SMALL | FAMILIES[request.param])).init_weights(0)
     generator = torch.Generator().manual_seed(0)
     for parameter in student.parameters():
@@ -83,11 +84,12 @@ def test_two_conversions_give_the_same_bytes(toy: Toy, tmp_path: Path) -> None:
 
 def test_converting_again_replaces_a_package_as_a_whole(toy: Toy, tmp_path: Path) -> None:
     package = tmp_path / "p.mlpackage"
-    for _ in range(2):
-        coreml.run(coreml.ConvertConfig(toy.exported / "student_prefill_T64.pt", package))
-        (package / "left-over").write_text("from an earlier run")
+    shutil.copytree(toy.prefill, package)
+    shutil.copytree(sidecar_folder(toy.prefill), sidecar_folder(package))
+    for folder in (package, sidecar_folder(package)):
+        (folder / "left-over").write_text("from an earlier run")
     coreml.run(coreml.ConvertConfig(toy.exported / "student_prefill_T64.pt", package))
-    assert not (package / "left-over").exists()
+    assert not list(tmp_path.rglob("left-over"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.contract", "p.mlpackage"]
 
 
@@ -128,7 +130,7 @@ def test_a_contract_survives_json(toy: Toy, program: str) -> None:
 
 def test_the_contract_answers_what_the_documents_ask_of_it(toy: Toy) -> None:
     """The snippet of spec/local-development-workflow.md."""
-    contract = json.load(open(toy.exported / "student_prefill_T64_contract.json"))
+    contract = json.loads((toy.exported / "student_prefill_T64_contract.json").read_text())
     assert contract.get("enumerated_T", []) == [64, 128]
     assert {t: row["status"] for t, row in contract.get("shape_validation", {}).items()} == {
         "64": "pass",

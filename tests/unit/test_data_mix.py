@@ -239,7 +239,7 @@ def test_rejects_are_typed() -> None:
     assert reject_of(Answer("fine", finish="stop")) is None
     assert reject_of(Answer("cut", finish="length")) == "length"
     assert reject_of(Answer("x", finish="content_filter")) == "filtered"
-    assert reject_of(Answer("<tool_call>{}</tool_call>", finish="stop")) == "control_token"
+    assert reject_of(Answer("<tool_call>{}</tool_call>", finish="stop")) == "tool_leak"
     assert reject_of(Answer(" \n", finish="stop")) == "empty"
 
 

@@ -93,7 +93,6 @@ def test_rounding_to_half_changes_constants_by_half_a_unit_at_most(student: Stud
     exact, rounded = PrefillTwin(student, SEQ), round_to_half(PrefillTwin(student, SEQ, copy=True))
     for (name, a), (_, b) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
         assert ((a - b).abs() <= 2.0**-11 * a.abs() + 2.0**-25).all(), name
-    assert close(rounded(ids()) * 0.01, exact(ids()) * 0.01)
 
 
 def test_the_amplification_of_rounding_is_finite_and_at_least_one(student: Student) -> None:

@@ -35,9 +35,7 @@ def blockwise(values: Tensor, x: Tensor) -> Tensor:
 
 
 @op("constexpr_affine_dequantize", fresh=True)
-def constexpr_affine_dequantize(
-    quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: int
-) -> Tensor:
+def constexpr_affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: int) -> Tensor:
     """scale * (data - zero_point)."""
     shift = over_axis(zero_point.float(), quantized_data, axis)
     return over_axis(scale, quantized_data, axis) * (quantized_data.float() - shift)
@@ -132,13 +130,9 @@ def constexpr_sparse_blockwise_shift_scale(
 
 
 @op("dequantize", fresh=True)
-def dequantize(
-    input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None
-) -> Tensor:
+def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int | None = None) -> Tensor:
     """scale * (input - zero_point)."""
-    shifted = (
-        input.float() if zero_point is None else input.float() - over_axis(zero_point.float(), input, axis)
-    )
+    shifted = input.float() if zero_point is None else input.float() - over_axis(zero_point.float(), input, axis)
     return over_axis(scale, input, axis) * shifted
 
 

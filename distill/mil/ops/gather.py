@@ -60,23 +60,17 @@ def gather(
 
 
 @op("gather_along_axis", exact=True, fresh=True)
-def gather_along_axis(
-    run: Run, x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False
-) -> Tensor:
+def gather_along_axis(run: Run, x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False) -> Tensor:
     """As numpy's take_along_axis: the other dimensions broadcast."""
     indices = normalise(run, indices, x.shape[axis], validate_indices)
     return torch.take_along_dim(x, indices, axis)
 
 
 @op("gather_nd", exact=True, fresh=True)
-def gather_nd(
-    run: Run, x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False
-) -> Tensor:
+def gather_nd(run: Run, x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
     """The last dimension of `indices` is a coordinate into x.shape[batch_dims:]."""
     depth = indices.shape[-1]
-    coordinates = [
-        normalise(run, indices[..., i], x.shape[batch_dims + i], validate_indices) for i in range(depth)
-    ]
+    coordinates = [normalise(run, indices[..., i], x.shape[batch_dims + i], validate_indices) for i in range(depth)]
     leading = indices.shape[:-1]
     for d in range(batch_dims):
         counter = torch.arange(x.shape[d]).reshape([-1 if i == d else 1 for i in range(len(leading))])

@@ -55,9 +55,7 @@ def conv(
     strides, dilations = strides or ones, dilations or ones
     unpadded = pad_type != "custom" or not any(pad or [])
     if weight[0, 0].numel() == 1 and strides == ones and groups == 1 and unpadded:
-        product = run.policy.matmul(
-            weight.reshape(weight.shape[0], -1), x.flatten(2)
-        )  # a 1x1 kernel: one matmul
+        product = run.policy.matmul(weight.reshape(weight.shape[0], -1), x.flatten(2))  # a 1x1 kernel: one matmul
         product = product.reshape(x.shape[0], -1, *x.shape[2:])
     else:
         x = F.pad(x, padding(x, weight, strides, pad_type, pad, dilations))
@@ -94,7 +92,5 @@ def scaled_dot_product_attention(
     """softmax(Q K^T / sqrt(E) + mask) V; a boolean mask says what takes part."""
     scores = run.policy.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
     if attn_mask is not None:
-        scores = (
-            scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        )
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return run.policy.matmul(torch.softmax(scores, -1), value)

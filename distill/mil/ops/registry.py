@@ -66,7 +66,5 @@ def _parameter(function: Callable[..., Any], parameter: inspect.Parameter) -> Pa
     many = text.startswith("list[")
     kind = text.removeprefix("list[").removesuffix("]")
     if kind not in KINDS:
-        raise TypeError(
-            f"{function.__name__}: parameter {parameter.name!r} has no usable annotation: {text!r}"
-        )
+        raise TypeError(f"{function.__name__}: parameter {parameter.name!r} has no usable annotation: {text!r}")
     return Parameter(kind, many, parameter.default is inspect.Parameter.empty)

@@ -31,9 +31,7 @@ def solve(
                 raise IndexError(f"index {at} in dimension {i} of size {shape[i]}")
             slices.append(slice(at, at + 1 or None))
         else:
-            slices.append(
-                slice(None if begin_mask[i] else begin[i], None if end_mask[i] else end[i], stride[i])
-            )
+            slices.append(slice(None if begin_mask[i] else begin[i], None if end_mask[i] else end[i], stride[i]))
     return slices
 
 

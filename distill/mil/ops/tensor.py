@@ -66,9 +66,7 @@ def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = Fa
     if reverse:
         return cumsum(x.flip(axis), axis, exclusive).flip(axis)
     total = x.cumsum(axis).to(x.dtype)
-    return (
-        total - x if exclusive and not x.is_floating_point() else shifted(total, axis) if exclusive else total
-    )
+    return total - x if exclusive and not x.is_floating_point() else shifted(total, axis) if exclusive else total
 
 
 def shifted(total: Tensor, axis: int) -> Tensor:
