@@ -90,7 +90,7 @@ def stage_main(body: Callable[..., int]) -> Callable[..., int]:
         try:
             return body(argv)
         except DistillError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"{'paused' if isinstance(error, Paused) else 'error'}: {error}", file=sys.stderr)
             return error.exit_code
         except Skipped as skipped:
             print(f"SKIPPED: {skipped.reason}")

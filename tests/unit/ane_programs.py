@@ -225,9 +225,7 @@ def unlisted() -> mil.Program:
 @violates("depthwise")
 def depthwise() -> mil.Program:
     weight = half(1024, 1, 1, 3)
-    return build(
-        lambda x: mb.conv(x=x, weight=weight, groups=1024, pad_type="same"), tensor((1, 1024, 1, 32))
-    )
+    return build(lambda x: mb.conv(x=x, weight=weight, groups=1024, pad_type="same"), tensor((1, 1024, 1, 32)))
 
 
 @violates("sdpa")

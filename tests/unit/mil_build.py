@@ -29,9 +29,7 @@ def state(shape: tuple[int, ...]) -> Spec:
     return mb.StateTensorSpec(shape, dtype=types.fp16)
 
 
-def build(
-    path: Path, specs: list[Spec], body: Callable[..., Any], precision: str = "fp16", **options: Any
-) -> Path:
+def build(path: Path, specs: list[Spec], body: Callable[..., Any], precision: str = "fp16", **options: Any) -> Path:
     """Convert a MIL function and save it. Its inputs are called x0, x1, ... unless `body` names them."""
     program = mb.program(input_specs=specs, opset_version=ct.target.iOS18)(body)
     model = ct.convert(

@@ -106,9 +106,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.heads, self.size = heads, width // heads
         self.embedding = torch.nn.Embedding(vocab, width)
-        self.q, self.k, self.v, self.o, self.up, self.gate = (
-            torch.nn.Conv2d(width, width, 1) for _ in range(6)
-        )
+        self.q, self.k, self.v, self.o, self.up, self.gate = (torch.nn.Conv2d(width, width, 1) for _ in range(6))
         self.head = torch.nn.Conv2d(width, vocab, 1, bias=False)
         self.register_buffer("mask", torch.full((1, 1, length, length), -1e4).triu(1))
 
@@ -132,9 +130,7 @@ class Decoder(torch.nn.Module):
 
 @cache
 def decoder() -> mil.Program:
-    exported = torch.export.export(
-        Decoder().eval(), (torch.zeros(1, 32, dtype=torch.int32),)
-    ).run_decompositions({})
+    exported = torch.export.export(Decoder().eval(), (torch.zeros(1, 32, dtype=torch.int32),)).run_decompositions({})
     return save(
         ct.convert(
             exported, inputs=[ct.TensorType("input_ids", (1, 32), dtype=np.int32)],
@@ -156,11 +152,7 @@ def test_the_json_report_has_gates_and_every_finding_with_its_source() -> None:
     assert (gate["status"], gate["observed"]["error"], gate["threshold"]) == ("fail", 1, {"error": 0})
     assert gate["reason"].startswith("mask-inf at main: add ") and "-inf" in gate["reason"]
     first = report["findings"][0]
-    assert (
-        first["function"] == "main"
-        and first["op_type"] == "add"
-        and "neural_engine_rules.md" in first["source"]
-    )
+    assert first["function"] == "main" and first["op_type"] == "add" and "neural_engine_rules.md" in first["source"]
 
 
 def test_exit_codes_and_the_closing_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,9 +168,7 @@ def test_exit_codes_and_the_closing_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "absent.mlpackage: no such package" in capsys.readouterr().err
 
 
-def test_a_placeholder_is_skipped_and_never_passes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_placeholder_is_skipped_and_never_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "PLACEHOLDER").touch()
     assert ane.main([str(tmp_path)]) == 0
     assert "ANE: 1 skipped" in capsys.readouterr().out

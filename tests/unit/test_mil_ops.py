@@ -34,18 +34,14 @@ def check(
         given = dict(zip(inputs, arguments, strict=True))
         return tuple(make(name, **given) for name, (make, _) in cases.items())
 
-    body = eval(
-        f"lambda {names}: outputs({names})", {"outputs": outputs}
-    )  # the builder reads parameter names
+    body = eval(f"lambda {names}: outputs({names})", {"outputs": outputs})  # the builder reads parameter names
     program = b.load(tmp_path / "m.mlpackage", specs, body, precision)
     results = program.predict(inputs)
     assert results.keys() == cases.keys()
     for name, (_, expected) in cases.items():
         expected = np.asarray(expected)
         assert results[name].shape == expected.shape, name
-        np.testing.assert_allclose(
-            results[name], expected, err_msg=name, **{"rtol": 1e-5, "atol": 1e-6, **tolerance}
-        )
+        np.testing.assert_allclose(results[name], expected, err_msg=name, **{"rtol": 1e-5, "atol": 1e-6, **tolerance})
 
 
 def unary(op: str, reference: Callable[[torch.Tensor], torch.Tensor], **fixed) -> Case:
@@ -212,13 +208,9 @@ def test_shapes_and_slices(tmp_path):
         "zeros": case(
             "pad", np.pad(X, ((0, 0), (1, 0), (0, 2)), constant_values=3), pad=[1, 0, 0, 2], constant_val=3.0
         ),
-        "mirror": case(
-            "pad", np.pad(X, ((0, 0), (1, 2), (2, 3)), "reflect"), pad=[1, 2, 2, 3], mode="reflect"
-        ),
+        "mirror": case("pad", np.pad(X, ((0, 0), (1, 2), (2, 3)), "reflect"), pad=[1, 2, 2, 3], mode="reflect"),
         "edge": case("pad", np.pad(X, ((0, 0), (1, 2), (2, 4)), "edge"), pad=[1, 2, 2, 4], mode="replicate"),
-        "windows": case(
-            "sliding_windows", np.stack([X[:, :, i : i + 2] for i in (0, 2)], 2), axis=2, size=2, stride=2
-        ),
+        "windows": case("sliding_windows", np.stack([X[:, :, i : i + 2] for i in (0, 2)], 2), axis=2, size=2, stride=2),
         "band": case("band_part", np.tril(np.triu(X, -1), 2), lower=1, upper=2),
     }
     check(tmp_path, {"x": X}, cases)
@@ -334,9 +326,7 @@ def test_convolutions(tmp_path):
         "valid": case((7, 4, 3, 2), F.conv2d, pad_type="valid"),
         "grouped": case((8, 2, 3, 3), lambda *a: F.conv2d(*a, groups=2), pad_type="valid", groups=2),
         "same": case((3, 4, 2, 3), lambda *a: F.conv2d(*a, padding="same"), pad_type="same"),
-        "custom": case(
-            (3, 4, 2, 2), lambda x, w, c: F.conv2d(F.pad(x, (2, 1, 1, 0)), w, c, (2, 1), 0, (1, 2)), **pad
-        ),
+        "custom": case((3, 4, 2, 2), lambda x, w, c: F.conv2d(F.pad(x, (2, 1, 1, 0)), w, c, (2, 1), 0, (1, 2)), **pad),
     }
     check(tmp_path, {"x": IMAGE}, cases, atol=1e-5)
 

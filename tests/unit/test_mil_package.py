@@ -234,9 +234,7 @@ def test_a_failing_operation_names_itself_its_output_and_its_place(tmp_path):
     model = b.raw_model()
     b.operations(model)[0].outputs[0].type.tensorType.dimensions[0].constant.size = 3
     program = mil.load(b.write_package(tmp_path / "m.mlpackage", model))
-    with pytest.raises(
-        PackageError, match=r"function main: add 'y' failed: .*shape \[2\], declared is fp32\[3\]"
-    ):
+    with pytest.raises(PackageError, match=r"function main: add 'y' failed: .*shape \[2\], declared is fp32\[3\]"):
         program.predict({"x": np.zeros(2)})
 
 

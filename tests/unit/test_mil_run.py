@@ -152,9 +152,7 @@ def cached(tmp_path_factory):
     module = Cached()
     specs = [ct.TensorType("x", (1, 1, 4)), ct.TensorType("pos", (1,), dtype=np.int32)]
     example = (torch.zeros(1, 1, 4), torch.tensor([1], dtype=torch.int32))
-    path = convert(
-        tmp_path_factory.mktemp("c") / "m.mlpackage", module, specs, example, outputs=[ct.TensorType("y")]
-    )
+    path = convert(tmp_path_factory.mktemp("c") / "m.mlpackage", module, specs, example, outputs=[ct.TensorType("y")])
     return mil.load(path), module
 
 
@@ -212,12 +210,8 @@ def test_what_was_read_before_a_write_does_not_change(tmp_path):
     def body(x, s):
         old = mb.read_state(input=s)
         view = mb.slice_by_index(x=old, begin=[0, 0], end=[1, 3])
-        new = mb.coreml_update_state(
-            state=s, value=mb.slice_update(x=old, update=x, begin=[0, 0], end=[1, 3])
-        )
-        again = mb.coreml_update_state(
-            state=s, value=mb.slice_update(x=new, update=view, begin=[1, 0], end=[2, 3])
-        )
+        new = mb.coreml_update_state(state=s, value=mb.slice_update(x=old, update=x, begin=[0, 0], end=[1, 3]))
+        again = mb.coreml_update_state(state=s, value=mb.slice_update(x=new, update=view, begin=[1, 0], end=[2, 3]))
         return mb.add(x=view, y=x, name="y"), mb.identity(x=again, name="z")
 
     specs = [b.tensor((1, 3), "fp16"), b.state((2, 3))]
@@ -255,9 +249,7 @@ def test_decoder_state_is_updated_in_place(cached):
     state = program.make_state()
     program.predict({"x": np.zeros((1, 1, 4)), "pos": np.array([0])}, state=state)
     (prepared,) = {id(p): p for p in program.cache.values() if isinstance(p, plans.Plan)}.values()
-    updates = [
-        i for i in prepared.instructions if i.op.type == "slice_update" and i.op.outputs[0].shape[0] == 4
-    ]
+    updates = [i for i in prepared.instructions if i.op.type == "slice_update" and i.op.outputs[0].shape[0] == 4]
     assert len(updates) == 4 and all(i.in_place is not None for i in updates)
 
 
@@ -274,9 +266,7 @@ def test_functions_of_one_package_share_decoded_weights(tmp_path):
     program = mil.load(tmp_path / "m.mlpackage")
     assert sorted(program.functions) == ["one", "two"] and program.default_function == "one"
     x = b.random((1, 64), 1)
-    np.testing.assert_array_equal(
-        program.predict({"x": x})["y"], program.predict({"x": x}, function="two")["y"]
-    )
+    np.testing.assert_array_equal(program.predict({"x": x})["y"], program.predict({"x": x}, function="two")["y"])
     assert len([k for k in program.cache if k[0] == "constant"]) == 2
 
 

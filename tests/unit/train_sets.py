@@ -16,7 +16,13 @@ from distill.train.toy import toy_model
 
 
 def write_set(
-    path: Path, n: int = 12, *, val: int = 4, distributions: bool = True, truth: str | None = "same", kind: str = "tools"
+    path: Path,
+    n: int = 12,
+    *,
+    val: int = 4,
+    distributions: bool = True,
+    truth: str | None = "same",
+    kind: str = "tools",
 ) -> Path:
     """A toy set whose last `val` records are held out; `truth` None, "same" or another text."""
     made = toy.build(kind, n)
