@@ -13,8 +13,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from distill.artifacts import canonical_json, sha256_text
-from distill.errors import InputError, describe_os_error
+from distill.artifacts import canonical_json, read_text, sha256_text
+from distill.errors import InputError
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -43,12 +43,7 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = describe_os_error(error) if isinstance(error, OSError) else "not UTF-8 text"
-            raise InputError(f"cannot read tokenizer {path}: {reason}") from error
-        return cls.from_json(text, str(path))
+        return cls.from_json(read_text(path), str(path))
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Tokenizer:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill import chat
-from distill.artifacts import write_json
-from distill.errors import InputError, describe_os_error, stage_main
+from distill.artifacts import read_text, write_json
+from distill.errors import InputError, stage_main
 from distill.verify.runner import PackageRunner
 
 
@@ -67,12 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _read_questions(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = describe_os_error(error) if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"cannot read {path}: {reason}") from error
-    questions = [line.strip() for line in lines if line.strip()]
+    questions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not questions:
         raise InputError(f"{path}: holds no question")
     return questions
