@@ -12,7 +12,7 @@ from distill.data.teachers import Answer
 
 
 class Status:
-    """A progress bar on stderr, where stderr is a terminal; a line a phase where it is not."""
+    """A progress bar on stderr, where stderr is a terminal; a line now and then where it is not."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
@@ -26,6 +26,7 @@ class Status:
 
     def _restart(self) -> None:
         self._began, self._tokens, self._rejected, self._resumed = time.monotonic(), 0, 0, 0
+        self._done = self._said = 0
 
     def __enter__(self) -> Status:
         self._progress.start()
@@ -56,7 +57,7 @@ class Status:
         self._rejected += reject is not None
         note = f"{self._rejected} rejected" + (f", {self._resumed} from the journal" if self._resumed else "")
         rate = self._tokens / max(time.monotonic() - self._began, 1e-3)
-        self._progress.update(self._task, advance=int(reject is None), note=f"{note}, {rate:.0f} tokens/s")
+        self._show(int(reject is None), f"{note}, {rate:.0f} tokens/s")
 
     def trouble(self, text: str) -> None:
         """A request failed for good."""
@@ -66,10 +67,21 @@ class Status:
         """Reading logits begins."""
         self._restart()
         self.phase("reading the teacher's logits")
+        self._total = total
         self._progress.update(self._task, total=total, completed=0, note="")
 
     def captured(self, tokens: int) -> None:
         """A record's logits were read."""
         self._tokens += tokens
         rate = self._tokens / max(time.monotonic() - self._began, 1e-3)
-        self._progress.update(self._task, advance=1, note=f"{rate:.0f} tokens/s")
+        self._show(1, f"{rate:.0f} tokens/s")
+
+    def _show(self, advance: int, note: str) -> None:
+        """Move the bar; without a terminal, a line every tenth of the way."""
+        self._progress.update(self._task, advance=advance, note=note)
+        self._done += advance
+        tenth = self._done * 10 // max(self._total, 1)
+        if not self._console.is_terminal and advance and tenth > self._said:
+            self._said = tenth
+            left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
+            self._console.print(f"  {self._done:,} of {self._total:,}  {note}  {left:.0f} s left", highlight=False)

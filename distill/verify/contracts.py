@@ -138,8 +138,8 @@ def _check_all(check: _Check) -> None:
     found = check.logits["ieee16"]
     check.gate("outputs_finite", lambda: _finite(found))
     check.gate("outputs_vary", lambda: _vary(found))
-    check.gate("parity_exact", lambda: _parity(check, "fp32"))
-    check.gate("parity_fp16", lambda: _parity(check, "ieee16"))
+    check.gate("parity_exact", lambda: _parity(check, runner.contract, "fp32"))
+    check.gate("parity_fp16", lambda: _parity(check, runner.contract, "ieee16"))
     check.gate("state", lambda: _state(check, runner))
     check.gate("named_points", lambda: _points(check, runner))
     _check_decoding(check, runner)
@@ -251,7 +251,7 @@ def _vary(logits: np.ndarray) -> Gate:
     )
 
 
-def _parity(check: _Check, policy: str) -> Gate:
+def _parity(check: _Check, contract: Contract, policy: str) -> Gate:
     golden = check.golden
     tolerance = golden["fp16_sigma"] * tolerance_factor(golden["logits"].shape[-1])
     reference = golden["logits_half" if policy == "fp32" else "logits"]
@@ -261,7 +261,7 @@ def _parity(check: _Check, policy: str) -> Gate:
     if policy == "fp32":
         return gates.at_most(
             result.relative,
-            parity.EXACT_TOLERANCE,
+            parity.exact_tolerance(contract),
             backend=f"{EXECUTOR} fp32",
             reason="||difference|| / ||logits||, worst position",
         )
@@ -303,17 +303,7 @@ def _points(check: _Check, runner: PackageRunner) -> Gate:
     ids = check.golden["input_ids"][0].tolist()
     points = parity.compare_points(runner, expected, ids, check.golden["positions"])
     check.details["named_points"] = [{k: _plain(v) for k, v in p._asdict().items()} for p in points]
-    first = parity.first_divergence(points)
-    worst = max(p.relative for p in points)
-    if first is None:
-        return gates.at_most(worst, parity.EXACT_TOLERANCE, backend=f"{EXECUTOR} fp32")
-    return gates.holds(
-        False,
-        observed=first.relative,
-        threshold=parity.EXACT_TOLERANCE,
-        backend=f"{EXECUTOR} fp32",
-        reason=f"first diverging point {first.name}: op {first.op} -> {first.value}",
-    )
+    return parity.points_gate(points, runner.contract)[1]
 
 
 def _check_decoding(check: _Check, runner: PackageRunner) -> None:

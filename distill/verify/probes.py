@@ -112,16 +112,7 @@ def _exact(runner: PackageRunner, student: Student, ids: list[int]) -> tuple[Poi
     twin(padded)
     expected = {n: v.numpy() for n, v in recorder.values.items() if n in runner.contract.probes}
     points = parity.compare_points(runner, expected, ids, None, policy="fp32")
-    first = parity.first_divergence(points)
-    worst = max(p.relative for p in points)
-    if first is None:
-        return None, gates.at_most(
-            worst, parity.EXACT_TOLERANCE, backend="distill.mil fp32", reason=f"{len(points)} modules"
-        )
-    reason = f"first diverging op: {first.op} -> {first.value} ({first.name})"
-    return first, gates.holds(
-        False, observed=first.relative, threshold=parity.EXACT_TOLERANCE, backend="distill.mil fp32", reason=reason
-    )
+    return parity.points_gate(points, runner.contract)
 
 
 def _is_channels_first(runner: PackageRunner) -> bool:
