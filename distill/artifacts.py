@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,9 @@ import distill
 from distill.errors import InputError, describe_os_error
 
 _CHUNK = 1 << 20
+_MARKS = {".mlpackage": ("Manifest.json", "PLACEHOLDER"), ".contract": ("contract.json",)}
+_MARKS_OTHER = ("config.json",)
+"""By a folder's suffix, files of which it holds one if this project made it; of any other suffix: Hugging Face's."""
 
 
 @contextlib.contextmanager
@@ -25,9 +29,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed over `path`.
 
     On any error the temporary file is removed and `path` is untouched. An OSError (disk full, no
-    permission) becomes an InputError that names `path`.
+    permission) becomes an InputError that names `path`; so does anything there but a regular file, before the work.
     """
     target = Path(path)
+    require_replaceable_file(target)
     temporary = _temporary_beside(target)
     try:
         yield temporary
@@ -43,8 +48,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Like `atomic_file` for a folder (a package): the old one stays until the new one is complete."""
+    """Like `atomic_file` for a folder (a package): the old one stays until the new one is complete.
+
+    What is not empty and not recognisably ours is never replaced (`require_replaceable`).
+    """
     target = Path(path)
+    require_replaceable(target)
     temporary = _temporary_beside(target)
     old = temporary.with_name(temporary.name + ".old")
     try:
@@ -53,8 +62,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _fsync(file)
-        if target.is_symlink() or target.is_file():
-            raise InputError(f"cannot write {target}: a file of that name is in the way")
+        require_replaceable(target)  # once more: the work may have taken long
         if target.exists():
             os.rename(target, old)
         try:
@@ -71,6 +79,23 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def require_replaceable_file(path: str | os.PathLike[str]) -> None:
+    """InputError if `path` is there and is a folder, a symbolic link, a device or a pipe."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise InputError(f"cannot write {path}: something other than a regular file is in the way")
+
+
+def require_replaceable(path: str | os.PathLike[str]) -> None:
+    """InputError if `path` is there and is neither an empty folder nor one that this project made."""
+    target = Path(path)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"cannot write {target}: something other than a folder is in the way")
+    marks = _MARKS.get(target.suffix, _MARKS_OTHER)
+    if target.is_dir() and any(target.iterdir()) and not any((target / mark).is_file() for mark in marks):
+        raise InputError(f"cannot write {target}: a folder that is not ours (no {' or '.join(marks)}) is in the way")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write UTF-8 text atomically; returns the path."""
     with atomic_file(path) as temporary:
@@ -83,8 +108,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """InputError if `path` is there and is no regular file: opening a pipe waits for ever, a device has no end."""
+    with contextlib.suppress(OSError, ValueError):  # a missing file is for its reader to name
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"cannot read {path}: not a regular file")
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 text; a missing file or one that is not text is an InputError that names it."""
+    require_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -103,6 +136,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex sha256 of a file's bytes."""
+    require_regular(path)
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

@@ -9,16 +9,25 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from distill.artifacts import atomic_file, sha256_text
-from distill.errors import CheckpointError
+from distill.artifacts import atomic_file, require_regular, sha256_text
+from distill.errors import CheckpointError, describe_os_error
 from distill.model import ModelConfig, Student
 from distill.tokenizer import Tokenizer
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "loss": (int, float), "model": dict, "config": dict, "tokenizer": str, "tokenizer_sha256": str,
+}  # fmt: skip
+_OPTIONAL_KINDS: dict[str, type | tuple[type, ...]] = {
+    "stage": str, "lineage": list, "provenance": dict, "resume": (dict, type(None)),
+}  # fmt: skip
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Checkpoint(NamedTuple):
@@ -74,50 +83,75 @@ def save(
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint without unpickling anything unsafe; CheckpointError names what is wrong with it."""
     data = _read(path)
+    _check_kinds(data, path)
     try:
         config = msgspec.convert(data["config"], ModelConfig)
-        tokenizer_text, claimed = data["tokenizer"], data["tokenizer_sha256"]
-        weights, step, loss = dict(data["model"]), int(data["step"]), float(data["loss"])
-    except KeyError as error:
-        raise CheckpointError(f"{path}: not a student checkpoint: no key {error}") from error
-    except (msgspec.ValidationError, TypeError, ValueError) as error:
+        step, loss = int(data["step"]), float(data["loss"])
+        matches = sha256_text(data["tokenizer"]) == data["tokenizer_sha256"]
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:  # msgspec's own is a ValueError
         raise CheckpointError(f"{path}: {error}") from error
-    if not isinstance(tokenizer_text, str) or sha256_text(tokenizer_text) != claimed:
+    if not matches:
         raise CheckpointError(f"{path}: its tokenizer does not match tokenizer_sha256")
-    tokenizer = Tokenizer.from_json(tokenizer_text, f"{path}: tokenizer")
+    tokenizer = Tokenizer.from_json(data["tokenizer"], f"{path}: tokenizer")
     tokenizer.require_fits(config.vocab_size, str(path))
-    student = _build(config, weights, path)
+    student = _build(config, dict(data["model"]), path)
     return Checkpoint(
         step,
         loss,
         student,
         tokenizer,
-        str(data.get("stage", "")),
-        list(data.get("lineage", [])),
-        dict(data.get("provenance", {})),
+        data.get("stage", ""),
+        data.get("lineage", []),
+        data.get("provenance", {}),
         data.get("resume"),
     )
 
 
+def _check_kinds(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    for key, kind in (_KINDS | _OPTIONAL_KINDS).items():
+        if key not in data and key in _KINDS:
+            raise CheckpointError(f"{path}: not a student checkpoint: no key {key!r}")
+        if key in data and not isinstance(data[key], kind):
+            raise CheckpointError(f"{path}: not a student checkpoint: {key} is of type {type(data[key]).__name__}")
+    if not all(isinstance(entry, dict) for entry in data.get("lineage", [])):
+        raise CheckpointError(f"{path}: not a student checkpoint: lineage is not a list of mappings")
+
+
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():
+        require_regular(path)
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch suggests torch.jit.load for a TorchScript program
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its message tells how to load the file all the same: not here
+        what = "holds something other than tensors and plain values, or is damaged; not loaded"
+        raise CheckpointError(f"{path}: {what}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {describe_os_error(error, path)}") from error
+    except Exception as error:  # a damaged file makes torch's unpickler raise whatever it likes
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {_reason(error)}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a student checkpoint: holds a {type(data).__name__}")
     return data
 
 
+def _reason(error: Exception) -> str:
+    """The first sentence of torch's message where it says something, else that the file is damaged."""
+    if "TorchScript" in str(error):
+        return "it is a TorchScript program"
+    line = (str(error).strip().splitlines() or [""])[0].split(". ")[0]
+    return "not a file that torch.save wrote, or damaged" if len(line.split()) < 3 or "weights_only" in line else line
+
+
 def _build(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike[str]) -> Student:
+    _check_weights(config, weights, path)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        student = Student(config)
     try:
+        with torch.device("meta"):
+            student = Student(config)
         student.load_state_dict(weights, assign=True)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -125,3 +159,22 @@ def _build(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike
     if config.tie_word_embeddings:
         student.lm_head.weight = student.model.embed_tokens.weight
     return student
+
+
+def _check_weights(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse what is not plain weights of this size, before a model of the size that the file claims is built."""
+    for name, value in weights.items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.dtype not in _FLOATS or not value.is_contiguous():
+            raise CheckpointError(f"{path}: weights of another model: {name} is not a dense tensor of floats")
+    layers = {str(name).split(".")[2] for name in weights if str(name).startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{path}: weights of another model: {len(layers)} layers, its config says {config.num_hidden_layers}"
+        )
+    tied = config.tie_word_embeddings
+    found = sum(value.numel() for name, value in weights.items() if not (tied and name == "lm_head.weight"))
+    if found != config.n_params():
+        raise CheckpointError(
+            f"{path}: weights of another model: {found} parameters, its config makes {config.n_params()}"
+        )

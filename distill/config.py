@@ -6,13 +6,14 @@ import difflib
 import os
 import re
 import types
-from pathlib import Path
+from collections.abc import Hashable
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 import yaml
 
-from distill.errors import ConfigError, describe_os_error
+from distill.artifacts import read_text
+from distill.errors import ConfigError, InputError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -24,6 +25,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain value", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -42,13 +45,13 @@ _Loader.add_implicit_resolver(
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML mapping; a missing or malformed file is a ConfigError that names it."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = describe_os_error(error, path) if isinstance(error, OSError) else f"{path}: not UTF-8 text"
-        raise ConfigError(f"cannot read configuration {reason}") from error
+        text = read_text(path)
+    except InputError as error:
+        raise ConfigError(f"configuration: {error}") from error
     try:
         data = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML's constructors raise the last four on scalars such as `2001-99-99` and `!!bool maybe`
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
@@ -69,7 +72,7 @@ def build(data: dict[str, Any], kind: type[T], source: str) -> T:
     _refuse_unknown(data, kind, source, "")
     try:
         return msgspec.convert(data, kind)
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{source}: {error}") from error
 
 

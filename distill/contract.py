@@ -24,6 +24,10 @@ SIDECAR_NAMES = {
 """What travels with a program: role -> file name beside a package."""
 
 
+_RANKS = {"prefill": [2, 3], "decode": [2, 3, 4], "block": [4, 4]}
+"""Of the first input, the first output and the state."""
+
+
 class TensorSpec(msgspec.Struct, frozen=True):
     """An input, output or state."""
 
@@ -81,11 +85,26 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Twin module -> name of its value in the program; empty in an export."""
     made_by: dict[str, Any]
     versions: dict[str, str]
+    program_sha256: str | None = None
+    """Of the package's program and description; None in an export."""
+    evaluation_items: int = 0
+    """Prompts in the evaluation file."""
 
     def __post_init__(self) -> None:
         wanted = 2 if self.mode == "decode" else 1
-        if len(self.inputs) != wanted or not self.outputs or not all(t.shape for t in (*self.inputs, *self.outputs)):
+        if (
+            len(self.inputs) != wanted
+            or not self.outputs
+            or not all(t.shape and min(t.shape) > 0 for t in (*self.inputs, *self.outputs))
+        ):
             raise ValueError(f"a {self.mode} program takes {wanted} input(s) with a shape and gives an output")
+        ranks = [len(t.shape) for t in (self.inputs[0], self.outputs[0], *self.states)]
+        if ranks[: len(_RANKS[self.mode])] != _RANKS[self.mode]:
+            raise ValueError(
+                f"the first input, output and state of a {self.mode} program have ranks {_RANKS[self.mode]}"
+            )
+        if self.mode != "block" and min(self.enumerated_T, default=0) < 1:
+            raise ValueError(f"enumerated_T {self.enumerated_T}: a {self.mode} program has a length, of at least 1")
         if unknown := set(self.sidecar) - SIDECAR_NAMES.keys():
             raise ValueError(f"sidecar: no file has the role {', '.join(sorted(unknown))}")
 

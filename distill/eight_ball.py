@@ -153,7 +153,7 @@ def _summary(
 def main(argv: list[str] | None = None) -> int:
     """Run the pipeline; exit 0 when every gate passes."""
     parser = argparse.ArgumentParser(prog="distill 8-ball", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of samples, first weights and questions")
     args = parser.parse_args(argv)
     report = run(EightBallConfig(seed=args.seed), Console())
     return gates.exit_code({name: Gate(**value) for name, value in report["gates"].items()})

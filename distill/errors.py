@@ -13,12 +13,16 @@ Skipped                    -   not an error: a check that this machine cannot ma
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
 
 
 class DistillError(Exception):
@@ -77,10 +81,18 @@ class Skipped(Exception):
         self.reason = reason
 
 
+class Terminated(SystemExit):
+    """SIGTERM, as an exception: it unwinds the stack, so that temporary files go."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
 def stage_main(body: Callable[..., int]) -> Callable[..., int]:
     """Turn a stage's `body(argv) -> int` into its `main`: errors become one line on stderr and an exit code.
 
-    The only broad handler in the project. `DISTILL_DEBUG=1` lets the traceback through.
+    Ctrl-C exits 130 and SIGTERM 143, after the temporary files are gone. The only broad handler in the project.
+    `DISTILL_DEBUG=1` lets the traceback through.
     """
 
     @functools.wraps(body)
@@ -88,7 +100,8 @@ def stage_main(body: Callable[..., int]) -> Callable[..., int]:
         if os.environ.get("DISTILL_DEBUG"):
             return body(argv)
         try:
-            return body(argv)
+            with _terminable():
+                return body(argv)
         except DistillError as error:
             print(f"{'paused' if isinstance(error, Paused) else 'error'}: {error}", file=sys.stderr)
             return error.exit_code
@@ -103,10 +116,36 @@ def stage_main(body: Callable[..., int]) -> Callable[..., int]:
             print(f"error: {describe_os_error(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            return interrupted()
+        except Terminated as stopped:
+            print("terminated", file=sys.stderr)
+            return int(str(stopped.code))
 
     return main
+
+
+def interrupted() -> int:
+    """Say that Ctrl-C ended the work; returns the exit code."""
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """The first SIGTERM raises Terminated, a second one acts as ever. A handler that is there already is kept."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def unwind(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    if ours:
+        signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def describe_os_error(error: OSError, path: object = None) -> str:

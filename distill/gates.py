@@ -73,11 +73,15 @@ def exit_code(gates: dict[str, Gate], *, strict: bool = False) -> int:
 
 
 def summary(gates: dict[str, Gate]) -> str:
-    """The closing line: how many of each, skips named with their reason."""
+    """The closing line: how many of each, and why those that were skipped were: named, unless it is all of them."""
     n = count(gates)
     line = ", ".join(f"{n[status]} {status}" for status in STATUSES if n[status]) or "no checks"
-    skips = "; ".join(f"{name}: {gate.reason}" for name, gate in gates.items() if gate.status == "skipped")
-    return f"{line} ({skips})" if skips else line
+    names: dict[str, list[str]] = {}
+    for name, gate in gates.items():
+        if gate.status == "skipped":
+            names.setdefault(str(gate.reason), []).append(name)
+    skips = (why if len(which) == len(gates) > 1 else f"{', '.join(which)}: {why}" for why, which in names.items())
+    return f"{line} ({'; '.join(skips)})" if names else line
 
 
 def table(gates: dict[str, Gate]) -> str:

@@ -35,10 +35,19 @@ class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3", "yarn"):
             raise ValueError(f"rope_scaling.rope_type {self.rope_type!r} is not one of linear, llama3, yarn")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"):
+            _require_positive(f"rope_scaling.{name}", getattr(self, name))
         if self.factor < 1:
             raise ValueError(f"rope_scaling.factor {self.factor} is below 1")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("rope_scaling.high_freq_factor must be above low_freq_factor")
         if self.rope_type != "linear" and self.original_max_position_embeddings < 1:
             raise ValueError("rope_scaling.original_max_position_embeddings is needed for llama3 and yarn")
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and above 0, not {value}")
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,8 +88,14 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "num_key_value_heads",
             "max_position_embeddings",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name} must be at least 1 and below 2^31, not {getattr(self, name)}")
+        _require_positive("rms_norm_eps", self.rms_norm_eps)
+        _require_positive("rope_theta", self.rope_theta)
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 for yarn, not {self.rope_theta}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -93,7 +108,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{self.num_attention_heads}; give head_dim"
                 )
             msgspec.structs.force_setattr(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.head_dim < 2 or self.head_dim % 2:
+        if not 2 <= self.head_dim < 1 << 31 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and positive, not {self.head_dim}")
 
     def n_params(self) -> int:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.artifacts import atomic_dir, read_json
+from distill.artifacts import atomic_dir, read_json, require_regular
 from distill.errors import CheckpointError
 from distill.model import ModelConfig, RopeScaling, Student
 
@@ -191,6 +191,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         files = [folder / "model.safetensors"]
     weights: dict[str, Tensor] = {}
     for file in files:
+        require_regular(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

@@ -70,7 +70,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens in it become their single ids, nothing is added around it."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # how the Rust side refuses a lone surrogate, as a broken shell argument holds
+            raise InputError(f"not valid Unicode text: {text[:80]!a}") from error
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included; ids beyond the tokenizer's vocabulary are dropped."""

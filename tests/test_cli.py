@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -80,3 +81,44 @@ def test_an_unknown_flag_exits_2() -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["convert", "--input", "x"])
     assert stopped.value.code == 2
+
+
+def test_ctrl_c_while_a_stage_is_imported_exits_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", stopped)
+    assert cli.main(["export"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+_WAITS = """
+import signal, sys, time
+from distill.artifacts import atomic_file
+from distill.errors import stage_main
+@stage_main
+def main(argv):
+    with atomic_file(sys.argv[1]) as temporary:
+        temporary.write_text("half")
+        print("waiting", flush=True)
+        time.sleep(30)
+    return 0
+code = main([])
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+raise SystemExit(code)
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [
+    (signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n"),
+])  # fmt: skip
+def test_a_stopped_stage_leaves_no_temporary_file(tmp_path: Path, number: int, code: int, said: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAITS, str(tmp_path / "f")], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=20)[1] == said
+    assert process.returncode == code and not list(tmp_path.iterdir())

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from distill.artifacts import provenance, sha256_file
+from distill.artifacts import provenance, require_replaceable, sha256_file
 from distill.contract import Contract, TensorSpec, read_contract
-from distill.convert.package import save_package, save_placeholder
+from distill.convert.package import save_package, save_placeholder, sidecar_folder
 from distill.errors import CheckpointError, DistillError, InputError, stage_main
 from distill.versions import import_coremltools, installed, quiet, require_python, versions
 
@@ -28,7 +28,7 @@ COMPUTE_UNITS = {
     "cpu_and_gpu": "CPU_AND_GPU",
     "cpu_and_ne": "CPU_AND_NE",
 }
-TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
+TARGETS = ("iOS16", "iOS17", "iOS18")  # float16 outputs need iOS16
 
 
 class ConvertConfig(NamedTuple):
@@ -54,9 +54,11 @@ def run(config: ConvertConfig) -> Contract | None:
         raise InputError(f"{config.source}: no such file")
     if config.out.suffix != ".mlpackage":
         raise InputError(f"--out {config.out}: a Core ML package's name ends in .mlpackage")
+    require_replaceable(config.out)
     if installed("coremltools") is None and config.allow_placeholder:
         save_placeholder(config.out, "coremltools is not installed where this was converted")
         return None
+    require_replaceable(sidecar_folder(config.out))
     ct = import_coremltools()
     path = config.contract or config.source.with_name(f"{config.source.stem}_contract.json")
     if config.backend == "pytorch" and not path.is_file():
@@ -129,9 +131,11 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
 
 
 def _from_onnx(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any:
-    from distill.convert import onnx
+    with quiet():
+        from distill.convert import onnx
 
-    return onnx.convert(config.source, compute_precision="fp16", minimum_deployment_target=_target(config, contract))
+        target = _target(config, contract)
+        return onnx.convert(config.source, compute_precision="fp16", minimum_deployment_target=target)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ metadata; `X.contract/` beside it holds contract.json, the tokenizer, the chat t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import uuid
@@ -22,6 +23,8 @@ from distill.errors import InputError, PackageError
 CONTRACT_KEY = "distill.contract"
 SPEC_FILE = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"
+WEIGHT_NAME = "weights/weight.bin"
+"""What a contract calls the weight file."""
 PLACEHOLDER = "PLACEHOLDER"
 _VOLATILE_METADATA = ("com.github.apple.coremltools.conversion_date",)
 _UUID_SPACE = uuid.UUID("6f1a2c0e-6d0f-5e3c-9d6a-4a7f3f1b8f10")
@@ -35,29 +38,34 @@ def sidecar_folder(package: Path) -> Path:
 def save_package(model: Any, out: Path, contract: Contract | None, sidecar_from: Path | None) -> Contract | None:
     """Write `out` and, where there is a contract, its sidecar from the files beside the export in `sidecar_from`.
 
-    Returns the package's contract, with the fingerprint of weight.bin. Both folders appear whole or not at all.
+    Returns the package's contract, with the fingerprints of weight.bin and of the program. Both folders appear whole
+    or not at all.
     """
     with contextlib.ExitStack() as stack:
         # both are complete before either is renamed: a full disk leaves the old package and the old sidecar
         temporary = stack.enter_context(atomic_dir(out))
         _save_model(model, temporary)
         weights = temporary / WEIGHT_FILE
+        spec = _read_spec(temporary / SPEC_FILE)
         if contract is not None and sidecar_from is not None:
-            ref = (
-                FileRef("weights/weight.bin", sha256_file(weights), weights.stat().st_size)
-                if weights.is_file()
-                else None
-            )
+            ref = FileRef(WEIGHT_NAME, sha256_file(weights), weights.stat().st_size) if weights.is_file() else None
             refs = {
                 role: msgspec.structs.replace(ref_, name=SIDECAR_NAMES[role]) for role, ref_ in contract.sidecar.items()
             }
             contract_out = msgspec.structs.replace(
-                contract, schema="distill-package/1", name=out.stem, file=ref, sidecar=refs
+                contract,
+                schema="distill-package/1",
+                name=out.stem,
+                file=ref,
+                sidecar=refs,
+                program_sha256=program_sha256(spec),
             )
             sidecar = stack.enter_context(atomic_dir(sidecar_folder(out)))
             _write_sidecar(sidecar, contract, contract_out, sidecar_from)
             contract = contract_out
-        _finish_spec(temporary / SPEC_FILE, contract)
+        if contract is not None:
+            spec.description.metadata.userDefined[CONTRACT_KEY] = canonical_json(msgspec.to_builtins(contract))
+        (temporary / SPEC_FILE).write_bytes(spec.SerializeToString(deterministic=True))
         _fix_manifest(temporary / "Manifest.json")
     return contract
 
@@ -77,6 +85,15 @@ def refuse_placeholder(package: Path) -> None:
         raise PackageError(f"{package} is a placeholder package, nothing in it can run: {mark.read_text().strip()}")
 
 
+def program_sha256(spec: Any) -> str:
+    """sha256 over a specification but for its user-defined metadata, where the contract that holds this lies."""
+    bare = type(spec)()
+    bare.CopyFrom(spec)
+    bare.description.metadata.SetInParent()
+    bare.description.metadata.userDefined.clear()
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
 def _save_model(model: Any, folder: Path) -> None:
     """MLModel.save insists on the .mlpackage suffix, so it writes inside and is moved up."""
     inner = folder / "inner.mlpackage"
@@ -86,17 +103,15 @@ def _save_model(model: Any, folder: Path) -> None:
     inner.rmdir()
 
 
-def _finish_spec(path: Path, contract: Contract | None) -> None:
+def _read_spec(path: Path) -> Any:
+    """The specification that coremltools wrote, without what differs from run to run."""
     from coremltools.proto import Model_pb2
 
     spec = Model_pb2.Model()
     spec.ParseFromString(path.read_bytes())
-    metadata = spec.description.metadata.userDefined
     for key in _VOLATILE_METADATA:
-        metadata.pop(key, None)
-    if contract is not None:
-        metadata[CONTRACT_KEY] = canonical_json(msgspec.to_builtins(contract))
-    path.write_bytes(spec.SerializeToString(deterministic=True))
+        spec.description.metadata.userDefined.pop(key, None)
+    return spec
 
 
 def _fix_manifest(path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from distill.artifacts import require_regular
 from distill.errors import DatasetError, InputError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class TopK:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        require_regular(path)
         try:
             self._open()
         except (OSError, SafetensorError) as error:

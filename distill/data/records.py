@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from distill.artifacts import atomic_file, canonical_json, sha256_file, write_json
+from distill.artifacts import atomic_file, canonical_json, require_regular, sha256_file, write_json
 from distill.data.distributions import Distribution, TopK, Writer
 from distill.data.distributions import metadata as topk_metadata
 from distill.data.schema import (
@@ -216,6 +216,7 @@ def decode_record(line: bytes, path: str | Path, number: int) -> Record:
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each line. A blank, unfinished or absurdly long line is a DatasetError."""
     number = 0
+    require_regular(path)
     try:
         with open(path, "rb") as file:
             while line := file.readline(MAX_LINE + 1):
@@ -232,6 +233,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def read_header(path: str | Path) -> Header:
     """The header of the dataset at `path`."""
     file = sidecar(path) / "header.json"
+    require_regular(file)
     try:
         return msgspec.json.decode(file.read_bytes(), type=Header)
     except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from distill import chat
-from distill.artifacts import sha256_file, write_json
+from distill.artifacts import require_regular, sha256_file, write_json
 from distill.data import records as kd
 from distill.data.distributions import SUM_TOLERANCE, TopK, same_tokens
 from distill.data.targets import targets_of
@@ -176,6 +176,9 @@ class Whole:
 def validate(path: str | Path) -> tuple[dict[str, Gate], list[Finding], dict[str, int]]:
     """All rules over a dataset: a gate each, what was found, and how often each was broken."""
     path = Path(path)
+    if not path.is_file():
+        require_regular(path)
+        raise DatasetError(f"{path}: no such dataset")
     header = kd.read_header(path)
     found: list[Finding] = []
     broken: dict[str, int] = {}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from distill.tools import EvalItem
 _VALUES = 1 << 21
 """Budget of logits kept per golden: 8 MiB in fp32."""
 DECODE_STEPS = 24
+FAR_STEPS = 8
+"""Decode steps over a context full of random keys and values, up to its last position."""
+_SEED = 20261123
 
 
 class Reference(NamedTuple):
@@ -89,6 +93,13 @@ def evaluation(reference: Reference, items: Sequence[EvalItem], seq: int) -> dic
     return {"schema": "distill-evaluation/1", "items": rows, "too_long": too_long}
 
 
+def golden_positions(mode: str, longest: int, vocab_size: int) -> int:
+    """How many positions the goldens hold: the verification wants no fewer."""
+    if mode == "decode":
+        return min(DECODE_STEPS, longest)
+    return max(2, min(longest, _VALUES // (2 * vocab_size)))
+
+
 @torch.no_grad()
 def prefill_goldens(reference: Reference, seq: int, prompt_ids: list[int]) -> dict[str, Tensor]:
     """Two golden inputs (the prompt, padded, and seeded random ids) with logits at spread positions."""
@@ -98,7 +109,7 @@ def prefill_goldens(reference: Reference, seq: int, prompt_ids: list[int]) -> di
     kept = prompt_ids[:seq]
     ids[0, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
     ids[1] = torch.randint(0, tokenizer.vocab_size, (seq,), generator=generator, dtype=torch.int32)
-    count = max(2, min(seq, _VALUES // (2 * student.config.vocab_size)))
+    count = golden_positions("prefill", seq, student.config.vocab_size)
     positions = torch.linspace(0, seq - 1, count).round().int().unique()
     hidden = student.hidden(ids.long())[:, positions]
     half = round_to_half(PrefillTwin(student, seq, copy=True))
@@ -110,15 +121,20 @@ def prefill_goldens(reference: Reference, seq: int, prompt_ids: list[int]) -> di
         "logits": student.lm_head(hidden).float(),
         "logits_half": logits_half,
         "fp16_sigma": fp16_sigma(student, hidden, gain),
+        "embed_check": embedding_check(half.embed.weight),
     } | {f"probe.{name}": value[..., positions] for name, value in recorder.values.items() if _is_point(name)}
 
 
 @torch.no_grad()
 def decode_goldens(reference: Reference, context: int, prompt_ids: list[int]) -> dict[str, Tensor]:
-    """One teacher-forced sequence fed token by token, logits at every step, and the state at the end."""
+    """One teacher-forced sequence fed token by token, logits at every step, and the state at the end.
+
+    Then single steps far into the context, each over a state of random keys and values (`random_state`), those after
+    it included: they reach the tables and the mask where no prompt does, and what a step may not see is not zero.
+    """
     student, tokenizer, gain = reference
     generator = torch.Generator().manual_seed(context)
-    n = min(DECODE_STEPS, context)
+    n = golden_positions("decode", context, student.config.vocab_size)
     ids = torch.randint(0, tokenizer.vocab_size, (n,), generator=generator, dtype=torch.int32)
     kept = prompt_ids[: n // 2]
     ids[: len(kept)] = torch.tensor(kept, dtype=torch.int32)
@@ -132,7 +148,40 @@ def decode_goldens(reference: Reference, context: int, prompt_ids: list[int]) ->
         "logits_half": torch.cat(steps)[None],
         "fp16_sigma": fp16_sigma(student, hidden, gain)[None],
         "kv": half.kv[:, :, :n].clone(),
+        "embed_check": embedding_check(half.embed.weight),
+    } | _far_steps(half, context, n)
+
+
+def _far_steps(half: DecodeTwin, context: int, near: int) -> dict[str, Tensor]:
+    positions = torch.linspace(min(near, context - 1), context - 1, FAR_STEPS).round().int().unique()
+    ids = torch.arange(len(positions), dtype=torch.int32) % half.config.vocab_size
+    filled = torch.from_numpy(random_state(tuple(half.kv.shape)))
+    logits, rows = [], []
+    for token, position in zip(ids, positions, strict=True):
+        half.kv.copy_(filled)
+        logits.append(half(token.view(1, 1), position.view(1))[0, 0])
+        rows.append(half.kv[:, :, int(position)].clone())
+    return {
+        "far_ids": ids,
+        "far_positions": positions,
+        "far_logits_half": torch.stack(logits),
+        "far_kv": torch.stack(rows),
     }
+
+
+def random_state(shape: tuple[int, ...]) -> np.ndarray:
+    """Seeded normal keys and values, exact in fp16, in fp32: the same here and in the verification."""
+    values = np.random.default_rng(_SEED).standard_normal(shape, dtype=np.float32)
+    return values.astype(np.float16).astype(np.float32)
+
+
+def embedding_check(embedding_VD: Tensor) -> Tensor:
+    """Each row of the embedding times one seeded random vector, [V]: says whether any row is another.
+
+    Prompts read few rows; this reads all.
+    """
+    direction = np.random.default_rng(_SEED).standard_normal(embedding_VD.shape[1])
+    return (embedding_VD.detach().double() @ torch.from_numpy(direction)).float()
 
 
 class ProbeRecorder:

@@ -26,7 +26,7 @@ from torch import Tensor
 from distill import chat, checkpoint
 from distill.artifacts import atomic_file, provenance, sha256_file, write_json, write_text
 from distill.contract import Contract, FileRef, ShapeValidation, TensorSpec
-from distill.errors import InputError, describe_os_error, stage_main
+from distill.errors import DistillError, InputError, describe_os_error, stage_main
 from distill.export import goldens
 from distill.export.prompts import evaluation_items
 from distill.export.tolerance import fp16_gain
@@ -76,7 +76,7 @@ class Shared(NamedTuple):
 
 
 def run(config: ExportConfig) -> list[Path]:
-    """Export; returns the contracts written. InputError for bad input or if the primary shape fails."""
+    """Export; returns the contracts written. InputError for bad input, DistillError if the primary shape fails."""
     with _together(config.out) as folder:
         staged = config._replace(out=folder)
         shared = prepare(staged)
@@ -176,7 +176,7 @@ def _prefills(shared: Shared, config: ExportConfig) -> list[Path]:
             f"(tolerance {checked[str(t)].tolerance:.2e})"
         )
         if t == primary and checked[str(t)].status == "fail":
-            raise InputError(f"primary shape T={t}: {checked[str(t)].reason}")
+            raise DistillError(f"primary shape T={t}: {checked[str(t)].reason}")
         name = config.name.format(t=t)
         file = save_program(traced, config.out / f"{name}.pt")
         fitting = _fitting(evaluated, t)
@@ -215,7 +215,7 @@ def _decode(shared: Shared, config: ExportConfig) -> Path:
         f"(tolerance {result.tolerance:.2e})"
     )
     if result.status == "fail":
-        raise InputError(f"decode: {result.reason}")
+        raise DistillError(f"decode: {result.reason}")
     traced.kv.zero_()
     file = save_program(traced, config.out / "student_decode.pt")
     return write_contract(
@@ -248,7 +248,14 @@ def write_contract(
     sidecar["goldens"] = file_ref(goldens.write_goldens(out / f"{name}_goldens.safetensors", golden))
     if evaluated is not None:
         sidecar["evaluation"] = file_ref(write_json(out / f"{name}_evaluation.json", evaluated))
-    contract = Contract(**shared.fields, **fields, name=name, shape_validation=checked, sidecar=sidecar)
+    contract = Contract(
+        **shared.fields,
+        **fields,
+        name=name,
+        shape_validation=checked,
+        sidecar=sidecar,
+        evaluation_items=len(evaluated["items"]) if evaluated else 0,
+    )
     return write_json(out / f"{name}_contract.json", msgspec.to_builtins(contract))
 
 
@@ -309,9 +316,11 @@ def _first_prompt(evaluated: dict[str, Any]) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     """Parse and export; exit 0 when every shape validated, 1 when a secondary one did not."""
     parser = argparse.ArgumentParser(prog="distill export", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the programs and contracts")
-    parser.add_argument("--mode", choices=("prefill", "decode", "both"), default="both")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help=f"a trained student (default: {DEFAULT_CHECKPOINT})"
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"folder to fill (default: {DEFAULT_OUT})")
+    parser.add_argument("--mode", choices=("prefill", "decode", "both"), default="both", help="default: both")
     parser.add_argument("--seq", type=int, help="primary length (default: the first enumerated one)")
     parser.add_argument(
         "--enumerated-T",

@@ -24,6 +24,11 @@ from distill.model import ModelConfig, Student
 from distill.tokenizer import toy_tokenizer
 from distill.train import loop
 from distill.train.config import Device, InitSection, LossWeights, TrainConfig
+from distill.train.memory import available_bytes
+
+MAX_VOCAB = 1 << 20
+_TRAINING_BYTES = 16
+"""Of each parameter: weight, gradient and AdamW's two moments, all fp32."""
 
 
 class Preset(NamedTuple):
@@ -48,7 +53,14 @@ def toy_model(hidden: int = 64, layers: int = 2, vocab: int | None = None) -> Mo
         raise ConfigError(f"--dmodel {hidden} is not a multiple of 32, the width of a head")
     vocab = vocab or -(-toy_tokenizer().vocab_size // 64) * 64
     toy_tokenizer().require_fits(vocab, "--vocab")
-    return ModelConfig(vocab, hidden, 4 * hidden, layers, hidden // 32, 1, head_dim=32, max_position_embeddings=512)
+    if vocab > MAX_VOCAB:
+        raise ConfigError(f"--vocab {vocab} is above {MAX_VOCAB}")
+    model = ModelConfig(vocab, hidden, 4 * hidden, layers, hidden // 32, 1, head_dim=32, max_position_embeddings=512)
+    needed, free = _TRAINING_BYTES * model.n_params(), available_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ConfigError(f"--dmodel {hidden}, --nlayers {layers}, --vocab {vocab}: training {model.n_params():,} "
+                          f"parameters needs {needed >> 20:,} MiB, {free >> 20:,} MiB are free")  # fmt: skip
+    return model
 
 
 def toy_config(data: str, out: str, *, preset: Preset, model: ModelConfig, device: Device, seed: int) -> TrainConfig:

@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.question is None) == (args.file is None):
         raise InputError("ask: give one question, or --file with a question a line")
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     questions = [args.question] if args.file is None else _read_questions(args.file)
     runner = PackageRunner(args.model)
     answers = []

@@ -13,6 +13,9 @@ from distill.gates import Gate
 from distill.tools import call_f1
 from distill.verify.runner import PackageRunner
 
+MAX_TIES = 0.1
+"""Share of steps that may be ties: with more, agreement says little."""
+
 
 class _Greedy(msgspec.Struct, frozen=True):
     tokens: list[int]
@@ -48,11 +51,12 @@ class Decoded(NamedTuple):
     """Those of them that lie within the derived fp16 error of a tie."""
 
 
-def decode_all(runner: PackageRunner, evaluation: Any) -> list[Decoded]:
+def decode_all(runner: PackageRunner, evaluation: Any, largest_tolerance: float) -> list[Decoded]:
     """Generate for every evaluation item and compare step by step with PyTorch's tokens.
 
     Fed PyTorch's own tokens, a package that prefers the same token at every step generates exactly them; where it
-    prefers another, PyTorch's margin decides whether that is a tie.
+    prefers another, PyTorch's margin decides whether that is a tie. A derived error beyond `largest_tolerance`, or
+    an answer that breaks off, is no reference: PackageError.
     """
     try:
         parsed = msgspec.convert(evaluation, _Evaluation)
@@ -62,10 +66,8 @@ def decode_all(runner: PackageRunner, evaluation: Any) -> list[Decoded]:
     out = []
     for item in parsed.items:
         reference = item.greedy
-        if not 0 < len(reference.tokens) == len(reference.margins) == len(reference.tolerance):
-            raise PackageError(
-                f"{runner.sidecar('evaluation')}: item {item.id}: greedy lists empty or of unequal length"
-            )
+        if wrong := _wrong_reference(item, tokenizer.stop_ids, largest_tolerance):
+            raise PackageError(f"{runner.sidecar('evaluation')}: item {item.id}: {wrong}")
         fed = item.prompt_ids + reference.tokens[:-1]
         chosen = runner.logits(fed)[len(item.prompt_ids) - 1 :].argmax(-1).tolist()
         mismatches = [i for i, (a, b) in enumerate(zip(chosen, reference.tokens, strict=True)) if a != b]
@@ -79,6 +81,17 @@ def decode_all(runner: PackageRunner, evaluation: Any) -> list[Decoded]:
     return out
 
 
+def _wrong_reference(item: _Item, stop_ids: set[int], largest_tolerance: float) -> str | None:
+    tokens, margins, tolerance = item.greedy.tokens, item.greedy.margins, item.greedy.tolerance
+    if not 0 < len(tokens) == len(margins) == len(tolerance):
+        return "greedy lists empty or of unequal length"
+    if tokens[-1] not in stop_ids and len(tokens) < item.max_new_tokens:
+        return "the greedy answer breaks off before its end"
+    if not all(0 < value <= largest_tolerance for value in tolerance):
+        return f"a derived error is not between 0 and {largest_tolerance:.3g}"
+    return None
+
+
 def greedy_gate(results: list[Decoded]) -> tuple[Gate, dict[str, Any]]:
     """Pass iff every step's token is PyTorch's, but for ties within the derived error, which are reported."""
     steps = sum(len(r.item.greedy.tokens) for r in results)
@@ -90,6 +103,8 @@ def greedy_gate(results: list[Decoded]) -> tuple[Gate, dict[str, Any]]:
     reason = f"{steps} steps over {len(results)} prompts, {len(ties)} ties within the derived error"
     if differing:
         reason += f"; first at prompt {differing[0][0]}, step {differing[0][1]}"
+    if not differing and len(ties) > MAX_TIES * steps:
+        return Gate("inconclusive", len(ties), int(MAX_TIES * steps), "distill.mil ieee16", reason), detail
     return gates.at_most(len(differing), 0, backend="distill.mil ieee16", reason=reason), detail
 
 

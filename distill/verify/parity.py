@@ -11,12 +11,14 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from distill import gates
 from distill.contract import Contract
 from distill.errors import PackageError
+from distill.export.goldens import embedding_check, golden_positions, random_state
 from distill.export.tolerance import relative_error
 from distill.gates import Gate
 from distill.verify.runner import PackageRunner
@@ -59,7 +61,11 @@ def load_goldens(runner: PackageRunner) -> dict[str, np.ndarray]:
         golden = load_file(path)
     except (SafetensorError, OSError) as error:
         raise PackageError(f"{path}: cannot be read: {error}") from error
-    inputs = ("input",) if runner.contract.mode == "block" else ("input_ids", "positions")
+    inputs: tuple[str, ...] = ("input",)
+    if runner.contract.mode != "block":
+        inputs = ("input_ids", "positions", "embed_check")
+    if runner.contract.mode == "decode":
+        inputs += ("far_ids", "far_positions", "far_logits_half", "far_kv")
     needed = (*inputs, "logits", "logits_half", "fp16_sigma")
     if missing := [name for name in needed if name not in golden]:
         raise PackageError(f"{path}: lacks {', '.join(missing)}")
@@ -82,14 +88,37 @@ def _wrong_golden(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str |
             return "input_ids"
         if ids.min() < 0 or ids.max() >= contract.model_config.vocab_size:
             return "input_ids"
-        if at.ndim != 1 or at.dtype.kind not in "iu" or not at.size or at.min() < 0 or at.max() >= ids.shape[1]:
+        if at.ndim != 1 or at.dtype.kind not in "iu" or at.min() < 0 or at.max() != ids.shape[1] - 1:
+            return "positions"
+        if len(at) != golden_positions(contract.mode, longest, out[-1]):
             return "positions"
         if logits.shape != (len(ids), len(at), out[-1]):
             return "logits"
     if golden["logits_half"].shape != logits.shape:
         return "logits_half"
+    if contract.mode != "block" and golden["embed_check"].shape != (contract.model_config.vocab_size,):
+        return "embed_check"
+    if contract.mode == "decode" and (wrong := _wrong_far(runner, golden)):
+        return wrong
     sigma = golden["fp16_sigma"]
-    return None if sigma.shape == (*logits.shape[:-1], 1) and (sigma > 0).all() else "fp16_sigma"
+    plausible = np.isfinite(sigma).all() and (sigma > 0).all()
+    return None if sigma.shape == (*logits.shape[:-1], 1) and plausible else "fp16_sigma"
+
+
+def _wrong_far(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str | None:
+    config, context, at = runner.contract.model_config, runner.capacity, golden["far_positions"]
+    if at.ndim != 1 or not at.size or at.min() < 0 or at.max() != context - 1:
+        return "far_positions"
+    if (
+        golden["far_ids"].shape != at.shape
+        or golden["far_ids"].min() < 0
+        or golden["far_ids"].max() >= config.vocab_size
+    ):
+        return "far_ids"
+    if golden["far_logits_half"].shape != (len(at), config.vocab_size):
+        return "far_logits_half"
+    shape = runner.contract.states[0].shape
+    return None if golden["far_kv"].shape == (len(at), shape[0], shape[1], shape[3]) else "far_kv"
 
 
 def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndarray:
@@ -102,6 +131,57 @@ def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndar
         out = runner.program.predict({name: golden["input"]}, policy=runner.policy)[runner.output]
         return out[:, :, 0].swapaxes(1, 2)
     return np.stack([runner.logits(row.tolist())[golden["positions"]] for row in golden["input_ids"]])
+
+
+def wrong_embedding(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with the table that token ids look up; None if every row is the trained one, rounded to fp16."""
+    function, config = runner.program.function(), runner.contract.model_config
+    tables = [
+        table
+        for op in function.block.walk()
+        if op.type == "gather"
+        for binding in op.inputs["x"]
+        if (table := function.constant(binding)) is not None
+        and tuple(table.view().shape) == (config.vocab_size, config.hidden_size)
+    ]
+    if len(tables) != 1:
+        return f"{len(tables)} constants look like the embedding, expected one"
+    found = embedding_check(torch.from_numpy(tables[0].numpy().astype(np.float32))).numpy().astype(np.float64)
+    expected = golden["embed_check"].astype(np.float64)
+    allowed = EXACT_TOLERANCE * np.sqrt(np.mean(expected**2))
+    wrong = np.flatnonzero(~(np.abs(found - expected) <= allowed))
+    return f"{wrong.size} rows of the embedding are not the trained ones, first {wrong[0]}" if wrong.size else None
+
+
+def far_steps(runner: PackageRunner, golden: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Decode steps far into the context: worst relative error of logits, and of the keys and values written.
+
+    Each runs under the fp32 policy over a state full of random values. PackageError if a step changes any other row.
+    """
+    name = runner.contract.states[0].name
+    token_name, position_name = (spec.name for spec in runner.contract.inputs)
+    filled = random_state(tuple(runner.contract.states[0].shape))
+    worst_logits = worst_rows = 0.0
+    for index, position in enumerate(golden["far_positions"].tolist()):
+        state = runner.program.make_state()
+        state.write(name, filled)
+        feed = {token_name: golden["far_ids"][index].reshape(1, 1), position_name: np.array([position], np.int32)}
+        logits = runner.program.predict(feed, state=state, policy="fp32")[runner.output][0, 0]
+        kv = state.read(name)
+        written = kv[:, :, position].astype(np.float64)
+        kv[:, :, position] = filled[:, :, position]
+        if not np.array_equal(kv, filled):
+            raise PackageError(f"decoding at position {position} changed the state at another position")
+        worst_logits = max(worst_logits, _distance(logits, golden["far_logits_half"][index]))
+        worst_rows = max(worst_rows, _distance(written, golden["far_kv"][index]))
+    return worst_logits, worst_rows
+
+
+def _distance(found: np.ndarray, reference: np.ndarray) -> float:
+    """||found - reference|| / ||reference||; NaN is infinitely far."""
+    reference = reference.astype(np.float64)
+    distance = float(np.linalg.norm(found.astype(np.float64) - reference) / np.linalg.norm(reference))
+    return distance if math.isfinite(distance) else math.inf
 
 
 def compare(found: np.ndarray, reference: np.ndarray, tolerance: np.ndarray | None = None) -> Comparison:
@@ -181,7 +261,7 @@ def points_gate(points: list[Point], contract: Contract) -> tuple[Point | None, 
     if first is None:
         worst = max(p.relative for p in points)
         return None, gates.at_most(worst, tolerance, backend="distill.mil fp32", reason=f"{len(points)} points")
-    reason = f"first diverging op: {first.op} -> {first.value} ({first.name})"
+    reason = f"first diverging point {first.name}: op {first.op} -> {first.value}"
     return first, gates.holds(
         False, observed=first.relative, threshold=tolerance, backend="distill.mil fp32", reason=reason
     )

@@ -17,6 +17,7 @@ from distill.contract import Contract, parse_contract, sidecar_path
 from distill.convert.package import CONTRACT_KEY, refuse_placeholder, sidecar_folder
 from distill.errors import InputError, PackageError
 from distill.tokenizer import Tokenizer
+from distill.verify.integrity import interface_faults
 
 
 def read_package_contract(program: mil.Program) -> Contract:
@@ -34,13 +35,18 @@ def read_package_contract(program: mil.Program) -> Contract:
 
 
 class PackageRunner:
-    """A loaded package with its contract, run by the reference executor under `policy`."""
+    """A loaded package with its contract, run by the reference executor under `policy`.
 
-    def __init__(self, package: str | Path, policy: str = "ieee16") -> None:
+    PackageError where its interface is not the contract's; with `checked` False the caller looks at that.
+    """
+
+    def __init__(self, package: str | Path, policy: str = "ieee16", *, checked: bool = True) -> None:
         self.path = Path(package)
         refuse_placeholder(self.path)
         self.program = mil.load(self.path)
         self.contract = read_package_contract(self.program)
+        if checked and (faults := interface_faults(self.program, self.contract)):
+            raise PackageError(f"{self.path}: the interface is not the contract's: {faults[0]}")
         self.policy = policy
         self.output = self.contract.outputs[0].name
 

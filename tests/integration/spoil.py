@@ -17,7 +17,7 @@ import numpy as np
 from coremltools.proto import Model_pb2
 
 from distill.artifacts import canonical_json, sha256_file
-from distill.convert.package import CONTRACT_KEY, SPEC_FILE, WEIGHT_FILE, sidecar_folder
+from distill.convert.package import CONTRACT_KEY, SPEC_FILE, WEIGHT_FILE, program_sha256, sidecar_folder
 
 _RECORD = struct.Struct("<IIQQQ")  # sentinel, dtype, bytes, offset of the data, padding
 
@@ -105,6 +105,14 @@ class Spoilt:
             path.write_text(json.dumps(data))
         return self
 
+    def only(self, items: int) -> Spoilt:
+        """Keep the first evaluation prompts, and have the contract say that there are no more."""
+        path = self.sidecar / "evaluation.json"
+        data = json.loads(path.read_text())
+        del data["items"][items:]
+        path.write_text(json.dumps(data))
+        return self.contract(lambda contract: contract.update(evaluation_items=items))
+
     def evaluation(self, change: Callable[[list[dict[str, Any]]], Any]) -> Spoilt:
         """Change the items of evaluation.json in place, or by what `change` returns."""
         path = self.sidecar / "evaluation.json"
@@ -122,10 +130,13 @@ class Spoilt:
         """Write the program with every sha256 made to match."""
 
         def match(data: dict[str, Any]) -> None:
-            data["file"]["sha256"] = sha256_file(self.weights)
-            for ref in data["sidecar"].values():
-                if (self.sidecar / ref["name"]).is_file():
-                    ref["sha256"] = sha256_file(self.sidecar / ref["name"])
+            data["program_sha256"] = program_sha256(self.model)
+            for ref, path in [
+                (data["file"], self.weights),
+                *((ref, self.sidecar / ref["name"]) for ref in data["sidecar"].values()),
+            ]:
+                if path.is_file():
+                    ref.update(sha256=sha256_file(path), bytes=path.stat().st_size)
 
         self.contract(match)
         return self.save()
@@ -134,4 +145,4 @@ class Spoilt:
 def only_evaluate(package: Path, folder: Path, items: int) -> Path:
     """A copy with fewer evaluation prompts: verification in a tenth of the time."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Spoilt(package, folder).evaluation(lambda rows: rows[:items] if items else [rows.clear()][:0]).seal()
+    return Spoilt(package, folder).only(items).seal()

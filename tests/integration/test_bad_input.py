@@ -79,6 +79,29 @@ def test_a_malformed_file_is_named(argv: list[str], content: bytes, refused: Ref
     assert "bad" in refused(*argv)
 
 
+@pytest.mark.parametrize("argv", [
+    ["toy-distill", "--in", "pipe.x", "--out", "c.pt"],
+    ["validate-kd", "--in", "pipe.x"],
+    ["worker", "--config", "pipe.x"],
+    ["export", "--checkpoint", "pipe.x", "--out", "d"],
+    ["convert", "--in", "pipe.x", "--out", "p.mlpackage"],
+], ids=lambda argv: argv[0])  # fmt: skip
+def test_a_pipe_is_refused_and_not_waited_for(argv: list[str], refused: Refused, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.x")
+    assert "pipe.x" in refused(*argv)
+
+
+@pytest.mark.parametrize("name", ["u.mlpackage", "u.contract"])
+def test_a_folder_of_the_user_s_in_the_way_of_a_package_is_kept(
+    toy: Toy, name: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(coreml, "import_coremltools", lambda: pytest.fail("refused before the work, not after it"))
+    source = toy.exported / "student_prefill_T64.pt"
+    assert f"{name}: a folder that is not ours" in refused("convert", "--in", source, "--out", "u.mlpackage")
+
+
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
@@ -104,6 +127,11 @@ def test_flags_that_make_no_sense_are_named(toy: Toy, refused: Refused, tmp_path
     assert "--n 99999" in refused("toy-kd", "--out", "d.jsonl", "--n", 99999)
     assert "--dmodel 50" in refused("toy-distill", "--in", toy.data, "--out", "c.pt", "--dmodel", 50)
     assert "--vocab" in refused("toy-training", "--out-dir", "t", "--vocab", 100)
+    assert "--vocab" in refused("toy-training", "--out-dir", "t", "--vocab", 99999999999)
+    assert "are free" in refused("toy-training", "--out-dir", "t", "--nlayers", 99999999)
+    assert "--max-new-tokens" in refused("ask", toy.prefill, "Why?", "--max-new-tokens", -3)
+    assert "not valid Unicode" in refused("ask", toy.prefill, "\udcff")
+    assert "none.jsonl: no such dataset" in refused("validate-kd", "--in", "none.jsonl")
     assert "give one question" in refused("ask", toy.prefill)
     assert "ends in .mlpackage" in refused(
         "convert", "--in", toy.exported / "student_prefill_T64.pt", "--out", "model.zip"
@@ -304,6 +332,20 @@ def test_a_placeholder_is_skipped_by_every_later_stage_and_passes_none(
         assert cli.main([str(a) for a in argv]) == 2
         error = capsys.readouterr().err
         assert f"{package} is a placeholder" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", coreml.TARGETS)
+def test_every_target_that_is_offered_works(toy: Toy, target: str, tmp_path: Path) -> None:
+    config = coreml.ConvertConfig(toy.exported / "student_prefill_T64.pt", tmp_path / "p.mlpackage", target=target)
+    assert coreml.run(config) is not None
+
+
+def test_converting_onnx_says_nothing_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["toy-onnx", "--out", str(tmp_path / "t.onnx")]) == 0
+    capfd.readouterr()
+    out = str(tmp_path / "t.mlpackage")
+    assert cli.main(["convert", "--backend", "onnx", "--in", str(tmp_path / "t.onnx"), "--out", out]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_allowing_a_placeholder_makes_none_where_conversion_works(toy: Toy, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_good_package_passes_every_gate_that_this_machine_can_check(toy: Toy, 
     verdict = verify(getattr(toy, mode))
     skipped = {name for name, gate in verdict.items() if gate["status"] == "skipped"}
     assert (verdict.code, verdict.failed()) == (0, [])
-    assert skipped <= {"core_ml", "named_points"}
+    assert skipped <= {"core_ml", "named_points" if mode == "decode" else "state"}
     assert verdict["tool_span_f1"]["observed"] >= 0.9
     if sys.platform != "darwin":
         assert "macOS" in verdict.reason("core_ml")

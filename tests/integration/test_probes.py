@@ -48,7 +48,7 @@ def test_a_fault_in_one_convolution_names_that_op_as_the_first_to_diverge(
         result.gates["exact"].reason
     )
     assert cli.main(["probes", "--model", str(package), "--checkpoint", str(toy.checkpoint)]) == 1
-    assert "first diverging op: conv" in capsys.readouterr().out
+    assert ": op conv -> " in capsys.readouterr().out
 
 
 def test_a_nan_fails_every_comparison_behind_it(toy: Toy, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from distill.artifacts import (
     canonical_json,
     provenance,
     read_json,
+    read_text,
     sha256_file,
     write_json,
     write_text,
@@ -33,11 +36,11 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "package"
     with atomic_dir(path) as temporary:
-        (temporary / "a").write_text("1")
+        (temporary / "config.json").write_text("1")
     with pytest.raises(RuntimeError), atomic_dir(path) as temporary:
         (temporary / "b").write_text("2")
         raise RuntimeError
-    assert [p.name for p in path.iterdir()] == ["a"] and [p.name for p in tmp_path.iterdir()] == ["package"]
+    assert [p.name for p in path.iterdir()] == ["config.json"] and [p.name for p in tmp_path.iterdir()] == ["package"]
     with atomic_dir(path) as temporary:
         (temporary / "b").write_text("2")
     assert [p.name for p in path.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["package"]
@@ -46,8 +49,46 @@ def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_file_in_the_way_of_a_folder_is_kept(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     with pytest.raises(InputError, match="in the way"), atomic_dir(tmp_path / "x"):
-        pass
+        pytest.fail("refused before the work, not after it")
     assert (tmp_path / "x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["u.mlpackage", "u.contract", "u"])
+def test_a_folder_that_is_not_ours_is_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=f"{name}: a folder that is not ours"), atomic_dir(tmp_path / name):
+        pytest.fail("refused before the work, not after it")
+    assert [p.name for p in tmp_path.rglob("*")] == [name, "thesis.txt"]
+
+
+@pytest.mark.parametrize("mark", ["u.mlpackage/Manifest.json", "u.mlpackage/PLACEHOLDER", "u.contract/contract.json"])
+def test_a_folder_that_is_ours_or_empty_is_replaced(tmp_path: Path, mark: str) -> None:
+    target = (tmp_path / mark).parent
+    target.mkdir()
+    for _ in range(2):
+        with atomic_dir(target) as temporary:
+            (temporary / Path(mark).name).write_text("new")
+    (target / "more").write_text("old")
+    with atomic_dir(target):
+        pass
+    assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_is_no_regular_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "f"
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("elsewhere")}[kind]()
+    with pytest.raises(InputError, match="f: something other than a regular file"), atomic_file(path):
+        pytest.fail("refused before the work, not after it")
+    assert not path.is_file() and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, sha256_file])
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: not a regular file"):
+        read(tmp_path / "pipe")
 
 
 # RLIMIT_FSIZE stands in for a full disk: a write fails half-way, with nothing mocked
@@ -88,14 +129,14 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path: Path
     target = tmp_path / "target"
     if what == "package":
         target.mkdir()
-        (target / "old").write_text("old")
+        (target / "config.json").write_text("old")
     else:
         target.write_text("old")
     done = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path), what], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "target" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
-    assert ((target / "old") if what == "package" else target).read_text() == "old"
+    assert ((target / "config.json") if what == "package" else target).read_text() == "old"
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:

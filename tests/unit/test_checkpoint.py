@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,80 @@ def test_values_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         checkpoint.load(path)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         checkpoint.load(tmp_path / "none.pt")
+
+
+_Q = "model.layers.0.self_attn.q_proj.weight"
+_UNLIKE_WEIGHTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "sparse": lambda w: w.to_sparse(),
+    "complex": lambda w: w.to(torch.complex64),
+    "integer": lambda w: w.int(),
+    "meta": lambda w: w.to("meta"),
+    "quantised": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "one number, expanded": lambda w: w[:1, :1].expand(w.shape),
+    "a list": lambda w: w.tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", _UNLIKE_WEIGHTS)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_no_dense_floats_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "c.pt"
+    _save(path)
+    good = torch.load(path)["model"]
+    _edit(path, model=good | {_Q: _UNLIKE_WEIGHTS[kind](good[_Q])})
+    with pytest.raises(CheckpointError, match=r"c\.pt: weights of another model: .*q_proj.weight is not a dense"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 10**9}, {"hidden_size": 10**9}, {"intermediate_size": 10**30}, {"head_dim": 2**30},
+    {"max_position_embeddings": 10**30}, {"rms_norm_eps": math.nan}, {"rope_theta": math.inf}, {"rope_theta": -1.0},
+    {"sliding_window": 0}, {"rope_scaling": {"rope_type": "linear", "factor": math.nan}},
+], ids=str)  # fmt: skip
+def test_dimensions_that_the_weights_do_not_have_are_refused_before_they_are_built(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "c.pt"
+    _save(path)
+    _edit(path, config=torch.load(path)["config"] | changes)
+    with pytest.raises(CheckpointError, match=r"c\.pt") as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("lineage", 5), ("lineage", [5]), ("provenance", "x"), ("resume", [1]), ("stage", 7), ("step", math.inf),
+    ("loss", 10**400),
+])  # fmt: skip
+def test_a_value_of_another_kind_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "c.pt"
+    _save(path)
+    _edit(path, **{key: value})
+    with pytest.raises(CheckpointError, match=r"c\.pt: "):
+        checkpoint.load(path)
+
+
+def test_the_line_says_what_is_wrong_and_not_how_to_load_it_all_the_same(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "c.pt"
+
+    def line() -> str:
+        with pytest.raises(InputError) as caught:
+            checkpoint.load(path)
+        assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    path.write_bytes(b"hello")
+    assert line().endswith("not a file that torch.save wrote, or damaged")
+    torch.save({"model": _Bomb()}, path)
+    assert "holds something other than tensors and plain values" in line()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    recwarn.clear()
+    assert line().endswith("it is a TorchScript program") and not recwarn.list
+    path.unlink()
+    os.mkfifo(path)
+    assert "not a regular file" in line()
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -54,6 +55,11 @@ def test_values_are_read_and_given_back(tmp_path: Path) -> None:
         ("", "expected a mapping"),
         ("name: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("name: x\n1: 2", "unknown key '1'"),
+        ("? [1, 2]\n: 3", "a key is not a plain value"),
+        ("? {a: 1}\n: 3", "a key is not a plain value"),
+        ("name: 2001-99-99", "not valid YAML"),
+        ("name: !!bool maybe", "not valid YAML"),
+        (f"name: {'9' * 5000}", "not valid YAML"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_file_and_key(tmp_path: Path, text: str, message: str) -> None:
@@ -68,6 +74,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"b\.yaml"):
         load_yaml(tmp_path / "b.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: not a regular file"):
+        load_yaml(tmp_path / "pipe.yaml")
     (tmp_path / "deep.yaml").write_text("a: " + "[" * 5000)
     with pytest.raises(ConfigError, match=r"deep\.yaml"):
         load_yaml(tmp_path / "deep.yaml")

@@ -44,6 +44,12 @@ def test_the_closing_line_counts_each_verdict_and_names_what_was_skipped() -> No
     assert gates.summary({}) == "no checks"
 
 
+def test_the_closing_line_gives_a_reason_once() -> None:
+    both = {"a": SKIP, "b": gates.skipped("no GPU"), "c": SKIP}
+    assert gates.summary(both) == "3 skipped (a, c: no Mac; b: no GPU)"
+    assert gates.summary({"a": SKIP, "c": SKIP}) == "2 skipped (no Mac)"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_json_does_not_know_become_text(value: float) -> None:
     made = {
