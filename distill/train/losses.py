@@ -28,7 +28,7 @@ class Term(NamedTuple):
 def kl_topk(
     logits_NV: Tensor, topk_ids_NK: Tensor, topk_logprobs_NK: Tensor, tail_logprob_N: Tensor, temperature: float = 1.0
 ) -> Term:
-    """KL(teacher || student) over K+1 classes: the stored ids, and everything else as one (notes/kd-training.md 3).
+    """KL(teacher || student) over K+1 classes: the stored ids, and everything else as one.
 
     A lower bound of the full divergence with the right fixed point. `topk_logprobs` are natural logarithms; an id
     below 0 or a log-probability of -inf is padding. `tail_logprob` is log(1 - sum of the stored probabilities), -inf
