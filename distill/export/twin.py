@@ -2,7 +2,7 @@
 
 Layout (1, C, 1, S) with 1x1 convolutions, RMSNorm as the layer norm of [x, -x], attention per key-value head,
 static shapes, additive finite masks, RoPE tables and the embedding inside the graph
-(notes: apple/ml-ane-transformers; 0seba/coremlmodels RMSNORM_PATCHING). Prefill takes `input_ids` (1, S);
+(sources: apple/ml-ane-transformers; 0seba/coremlmodels RMSNORM_PATCHING). Prefill takes `input_ids` (1, S);
 decode takes one token and its `position` and keeps keys and values in one state.
 
 Shapes: S tokens, D hidden, H query heads, K key-value heads, G = H / K, N head width, V vocabulary, C context.

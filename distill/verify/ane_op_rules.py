@@ -59,7 +59,7 @@ def mask_range(view: View, limits: Limits) -> Iterator[Hit]:
 
 @rule(
     "fp16-square", "warning", "a sum or mean of squares in fp16: overflows where |x| > 256",
-    f"{APPLE_RULES}: prefer the high-level norm; measured in core-ml.md section 4: the pow/mean/rsqrt "
+    f"{APPLE_RULES}: prefer the high-level norm; measured: the pow/mean/rsqrt "
     "form of RMSNorm is useless at activations of 400, [x,-x] + layer_norm is right",
 )  # fmt: skip
 def fp16_square(view: View, limits: Limits) -> Iterator[Hit]:
@@ -91,7 +91,7 @@ def _rescaled(f: FunctionView, square: Operation) -> Operation | None:
 
 @rule(
     "rms-norm", "error", "RMSNorm as coremltools 9.0 lowers it: the effective epsilon scales with max|x|^2",
-    "apple/coremltools#2821, PR #2822; measured in core-ml.md section 4: 1.3 % at magnitude 0.02, NaN on "
+    "apple/coremltools#2821, PR #2822; measured: 1.3 % at magnitude 0.02, NaN on "
     "rows of zeros",
 )  # fmt: skip
 def rms_norm(view: View, limits: Limits) -> Iterator[Hit]:

@@ -124,7 +124,7 @@ class _IndexPut(DecodeTwin):
 
 
 def test_coremltools_drops_the_state_write_of_index_put_and_conversion_refuses_the_result(toy: Toy) -> None:
-    """coremltools' own fault (9.0, notes/core-ml.md 1.3): no error, and no write in the program. If this test fails
+    """coremltools' own fault (9.0): no error, and no write in the program. If this test fails
     because a write is there, coremltools has been mended; our exporter never traces this form."""
     student = checkpoint.load(toy.checkpoint).student
     contract = read_contract(toy.exported / "student_decode_contract.json")
