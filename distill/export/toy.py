@@ -113,6 +113,8 @@ def make_torch(out: Path, seed: int) -> Path:
 
 def make_onnx(out: Path, seed: int) -> Path:
     """Export a tiny student as ONNX, its named points named in the graph; returns its contract."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        optional(name, "onnx")
     shared, _ = _prepare(out, seed, out.stem)
     model = _onnx_model(shared.student)
     probes = _name_points(model.graph)
