@@ -6,12 +6,11 @@ distill STAGE [arguments]        the same thing as the doors: `python -m trainin
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import NamedTuple
 
 import distill
-from distill.errors import interrupted
+from distill.errors import stage_main
 
 
 class Stage(NamedTuple):
@@ -72,12 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"error: no stage {args[0]!r}{hint} (distill --help lists them)", file=sys.stderr)
         return 2
-    try:
-        return load(stage)(args[1:])  # the stage turns its own Ctrl-C into an exit code; its imports cannot
-    except KeyboardInterrupt:
-        if os.environ.get("DISTILL_DEBUG"):
-            raise
-        return interrupted()
+    # the stage turns its own errors and signals into exit codes; those of its imports are turned here
+    return stage_main(lambda rest: load(stage)(rest))(args[1:])
 
 
 def load(stage: Stage):  # type: ignore[no-untyped-def]

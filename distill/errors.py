@@ -116,18 +116,13 @@ def stage_main(body: Callable[..., int]) -> Callable[..., int]:
             print(f"error: {describe_os_error(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            return interrupted()
+            print("interrupted", file=sys.stderr)
+            return 130
         except Terminated as stopped:
             print("terminated", file=sys.stderr)
             return int(str(stopped.code))
 
     return main
-
-
-def interrupted() -> int:
-    """Say that Ctrl-C ended the work; returns the exit code."""
-    print("interrupted", file=sys.stderr)
-    return 130
 
 
 @contextlib.contextmanager
