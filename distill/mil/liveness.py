@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from distill.mil.plan import Instruction
 
 _PINNED = "pinned"
-_STATE_OPS = ("read_state", "write_state")
+STATE_OPS = ("read_state", "write_state")
+_SHARING_OPS = ("slice_update", "write_state")
+_MOST_STEPS = 2**23  # the proof takes time in proportion to updates and instructions; a decoder takes 2**18
 
 
 def free_dead(instructions: Sequence[Instruction], inputs: Sequence[int], outputs: Sequence[int]) -> None:
     """Give each instruction the slots of this block that nobody reads after it."""
     own = set(inputs) | {slot for i in instructions for slot in i.writes}
     last = {slot: n for n, i in enumerate(instructions) for slot in (*i.writes, *i.used)}
+    kept = set(outputs)
     for slot, n in last.items():
-        if slot in own and slot not in outputs:
+        if slot in own and slot not in kept:
             instructions[n].frees.append(slot)
 
 
@@ -34,14 +37,15 @@ def share_states(instructions: Sequence[Instruction], inputs: Sequence[int], out
     constants pin their group. An update may happen in place when every earlier member of the group of `x` is
     dead after it, the group is not pinned, and each state in the group is next written, not read.
     """
-    if any(i.bodies for i in instructions):
+    updates = sum(i.handler.name in _SHARING_OPS for i in instructions)
+    if any(i.bodies for i in instructions) or updates * len(instructions) > _MOST_STEPS:
         copy_writes(instructions)
         return
     groups = _Groups()
     for slot in (*inputs, *(o for o in outputs if type(o) is int)):
         groups.join(slot, _PINNED)
     for i in instructions:
-        if i.handler.name in _STATE_OPS:
+        if i.handler.name in STATE_OPS:
             for slot in (*i.writes, *_tensors(i)):
                 groups.join(slot, _state(i))
         elif not i.handler.fresh:
@@ -59,8 +63,24 @@ def share_states(instructions: Sequence[Instruction], inputs: Sequence[int], out
             i.function = _write_copy
 
 
+def owned_outputs(instructions: Sequence[Instruction], outputs: Sequence[Any]) -> frozenset[int]:
+    """Which outputs of a function without states the caller may have as they are: those whose memory a `fresh`
+    operator made, or views of it, and that no other output shares.
+    """
+    makers = {slot: i for i in instructions for slot in i.writes}
+    origins: list[int | None] = []
+    for slot in outputs:
+        maker = makers.get(slot) if type(slot) is int else None
+        while maker is not None and not maker.handler.fresh:
+            tensors = _tensors(maker)
+            constants = any(isinstance(value, Tensor) for value in maker.fixed.values())
+            maker = makers.get(tensors[0]) if len(tensors) == 1 and not constants and not maker.bodies else None
+        origins.append(id(maker) if maker is not None and not maker.bodies and maker.in_place is None else None)
+    return frozenset(n for n, origin in enumerate(origins) if origin is not None and origins.count(origin) == 1)
+
+
 def copy_writes(instructions: Sequence[Instruction]) -> None:
-    """With nested blocks nothing is proved: every value written to a state is copied."""
+    """Where nothing is proved, every value written to a state is copied."""
     for i in instructions:
         if i.handler.name == "write_state":
             i.function = _write_copy
@@ -105,7 +125,7 @@ def _try_in_place(
 
 def _next_is_write(instructions: Sequence[Instruction], n: int, state: str) -> bool:
     for later in instructions[n + 1 :]:
-        if later.handler.name in _STATE_OPS and _state(later) == state:
+        if later.handler.name in STATE_OPS and _state(later) == state:
             return later.handler.name != "read_state"
     return False
 
@@ -133,6 +153,8 @@ class _Groups:
     def join(self, a: int | str, b: int | str) -> None:
         left, right = self._group.setdefault(a, {a}), self._group.setdefault(b, {b})
         if left is not right:
+            if len(left) < len(right):
+                left, right = right, left
             left |= right
             for member in right:
                 self._group[member] = left

@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import PackageError
 from distill.mil.blob import BlobReader
+from distill.mil.collection import paused
+from distill.mil.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
     from distill.mil.program import Program
 
 PLACEHOLDER = "PLACEHOLDER"
 _MANIFEST_LIMIT = 2**20
-_MODEL_LIMIT = 2**31 - 1  # protobuf's own limit on a message
+_MODEL_GROWTH = 32  # a protobuf of tiny messages takes that many times its size in memory
 _MODEL_PATH = "@model_path/"
+_QUOTED = 100
 
 
-def load(path: str | Path) -> Program:
+def load(path: str | Path, limits: Limits = DEFAULT) -> Program:
     """Load a package. Everything but the weights' bytes is read and checked now; PackageError names what is
-    wrong.
+    wrong. `limits` says what a prediction may cost.
     """
-    package = Package(Path(path))
-    # off macOS, coremltools announces at import each of Apple's libraries that it does not find
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    package = Package(Path(path), limits)
     from distill.mil.parse import parse_model  # imports protobuf classes
 
-    return parse_model(package)
+    with paused():
+        return parse_model(package)
 
 
 class Package:
     """The folder and its files. No path may lead out of it, by `..`, absolute name or symbolic link."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits = DEFAULT) -> None:
         self.path = path
+        self.limits = limits
         if not path.exists():
             raise PackageError(f"{path}: no such package")
         if not path.is_dir():
@@ -45,6 +47,7 @@ class Package:
         self._root = path.resolve()
         self.model = self._find_model()
         self._readers: dict[Path, BlobReader] = {}
+        self._named: dict[str, BlobReader] = {}
 
     def _find_model(self) -> Path:
         manifest_path = self.inside(self.path / "Manifest.json", "Manifest.json")
@@ -55,7 +58,7 @@ class Package:
         except (OSError, ValueError, RecursionError) as error:
             raise PackageError(f"{self.path}: Manifest.json cannot be read: {error}") from error
         entry = self._root_entry(manifest)
-        return self.inside(self.path / "Data" / entry, f"Manifest.json path {entry!r}")
+        return self.inside(self.path / "Data" / entry, f"Manifest.json path {clip(entry)}")
 
     def _root_entry(self, manifest: Any) -> str:
         items = manifest.get("itemInfoEntries") if isinstance(manifest, dict) else None
@@ -76,22 +79,26 @@ class Package:
             if not resolved.is_file():
                 raise PackageError(f"{self.path}: {what}: no such file")
         except (OSError, ValueError, RuntimeError) as error:
-            raise PackageError(f"{self.path}: {what} leads out of the package or cannot be read: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else clip(str(error))
+            raise PackageError(f"{self.path}: {what} leads out of the package or cannot be read: {reason}") from error
         return resolved
 
     def read_model(self) -> bytes:
-        if self.model.stat().st_size > _MODEL_LIMIT:
-            raise PackageError(f"{self.model}: larger than a protobuf can be")
+        size, most = self.model.stat().st_size, self.limits.memory // _MODEL_GROWTH
+        if size > most:
+            raise PackageError(f"{self.model}: {size} bytes, the limit is {most} (limits= of mil.load raises it)")
         return self.model.read_bytes()
 
     def reader(self, name: str) -> BlobReader:
         """The weight file that the program calls `name` ('@model_path/weights/weight.bin')."""
-        if not name.startswith(_MODEL_PATH):
-            raise PackageError(f"{self.path}: weight file {name!r} does not start with {_MODEL_PATH}")
-        path = self.inside(self._data_path(name), f"weight file {name!r}")
-        if path not in self._readers:
-            self._readers[path] = BlobReader(path)
-        return self._readers[path]
+        if name not in self._named:
+            if not name.startswith(_MODEL_PATH):
+                raise PackageError(f"{self.path}: weight file {clip(name)} does not start with {_MODEL_PATH}")
+            path = self.inside(self._data_path(name), f"weight file {clip(name)}")
+            if path not in self._readers:
+                self._readers[path] = BlobReader(path)
+            self._named[name] = self._readers[path]
+        return self._named[name]
 
     def _data_path(self, name: str) -> Path:
         # self.model is resolved; go back to a path below self.path so that `..` is judged as it was written
@@ -101,3 +108,13 @@ class Package:
     @property
     def weight_files(self) -> list[Path]:
         return list(self._readers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are used."""
+        return self.model.stat().st_size + sum(reader.size for reader in self._readers.values())
+
+
+def clip(text: str) -> str:
+    """Quoted, and short enough for a message."""
+    return repr(text) if len(text) <= _QUOTED else repr(text[:_QUOTED]) + "..."

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from distill.errors import PackageError, UnsupportedOpError
-from distill.mil.liveness import free_dead, share_states
-from distill.mil.ops.registry import TABLE, Handler, Parameter
-from distill.mil.plan import KERNEL_ERRORS, Instruction, Plan, numbers, settle
-from distill.mil.policy import Policy
-from distill.mil.program import Binding, Block, Function, Operation, Program, Value
-from distill.mil.run import Body
+from distill.mil.collection import paused
+from distill.mil.guard import Guard, Ledger, tensors
+from distill.mil.liveness import STATE_OPS, free_dead, owned_outputs, share_states
+from distill.mil.ops.registry import TABLE, UNCONVERTED, Handler, Parameter
+from distill.mil.plan import KERNEL_ERRORS, Instruction, Plan, first_line, numbers, settle
+from distill.mil.policy import Fp32, Policy
+from distill.mil.program import Binding, Block, Function, Operation, Program, TensorType, Value
+from distill.mil.run import Body, Run
 from distill.mil.values import constant
 
 
@@ -24,6 +26,10 @@ def single(value: Any) -> Any:
         return value.item()
     return value
 
+
+# Inputs that an operator may take in fp16, since it only picks elements: an embedding stays in the weight file.
+_STORED = frozenset({("gather", "x")})
+_WIDEST = 8  # bytes an element takes at most
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     "int": lambda v: int(single(v)),
@@ -38,10 +44,16 @@ def prepare(program: Program, function: Function, policy: Policy) -> Plan:
     key = ("plan", function.name, policy.rounds)
     if key not in program.cache:
         check_operators(program, function)
-        with torch.inference_mode():
+        with torch.inference_mode(), paused():
             program.cache[key] = Planner(program, function, policy).top()
     plan: Plan = program.cache[key]
     return plan
+
+
+def ledger(program: Program) -> Ledger:
+    """What the program's constants and runs hold."""
+    found: Ledger = program.cache.setdefault("ledger", Ledger())
+    return found
 
 
 def check_operators(program: Program, function: Function) -> None:
@@ -63,10 +75,12 @@ class Planner:
         self.function = function
         self.policy = policy
         self.size = 0
+        self.guard = Guard(ledger(program), program.limits, program.size)
+        self.immediates: dict[int, Any] = {}  # decoded constants by the identity of their Value
+        self.states = {s.name for s in function.states}
 
     def top(self) -> Plan:
-        states = {s.name for s in self.function.states}
-        known: dict[str, Any] = {name: name for name in states}
+        known: dict[str, Any] = {name: name for name in self.states}
         slots = {feature.name: self.slot() for feature in self.function.inputs}
         place = f"{self.program.path}: function {self.function.name}"
         plan = self.block(self.function.block, known, slots, place)
@@ -75,6 +89,8 @@ class Planner:
         plan.outputs = [plan.outputs[names[feature.name]] for feature in self.function.outputs]
         plan.size = self.size
         share_states(plan.instructions, plan.inputs, plan.outputs)
+        if not self.function.states:
+            plan.owned = owned_outputs(plan.instructions, plan.outputs)
         return plan
 
     def slot(self) -> int:
@@ -88,15 +104,29 @@ class Planner:
             inputs.append(slots[named.name])
         instructions = []
         for op in block.operations:
-            if op.type == "const":
-                known[op.output_name] = op.attributes["val"]
-            elif op.type.startswith("constexpr_"):
-                self.constexpr(op, known, place)
-            else:
-                instructions.append(self.instruction(op, known, slots, place))
+            try:
+                if op.type == "const":
+                    known[op.output_name] = op.attributes["val"]
+                elif op.type.startswith("constexpr_"):
+                    self.constexpr(op, known, place)
+                else:
+                    instructions.append(self.instruction(op, known, slots, place))
+            except PackageError:
+                raise
+            except KERNEL_ERRORS as error:
+                raise PackageError(f"{place}: {op.type} {op.output_name!r}: {first_line(error)}") from error
         outputs = [slots[n] if n in slots else self.decoded(known[n]) for n in block.outputs]
         plan = Plan(instructions, inputs, outputs, place)
         free_dead(plan.instructions, inputs, [o for o in outputs if type(o) is int])
+        return plan
+
+    def nested(self, block: Block, known: dict[str, Any], slots: dict[str, int], place: str) -> Plan:
+        """A block that sees the names around it; its own end with it."""
+        sizes = len(known), len(slots)
+        plan = self.block(block, known, slots, place)
+        for names, size in zip((known, slots), sizes):
+            while len(names) > size:
+                names.popitem()
         return plan
 
     def instruction(self, op: Operation, known: dict[str, Any], slots: dict[str, int], place: str) -> Instruction:
@@ -106,20 +136,23 @@ class Planner:
         for name, bindings in self.bindings(op, handler, where).items():
             self.bind(made, name, handler.parameters[name], bindings, known, slots, where)
         if handler.wants_blocks:
-            made.bodies = [self.block(b, dict(known), dict(slots), where) for b in op.blocks]
+            made.bodies = [self.nested(b, known, slots, where) for b in op.blocks]
             made.fixed["blocks"] = [body(plan) for plan in made.bodies]
         elif op.blocks:
             raise PackageError(f"{where}: nested blocks in an operator that takes none")
+        if handler.name in STATE_OPS and made.fixed.get("input") not in self.states:
+            raise PackageError(f"{where}: input 'input' is not a state")
         made.writes = [self.slot() for _ in op.outputs]
         slots.update({o.name: slot for o, slot in zip(op.outputs, made.writes)})
-        made.used = list(used_slots(made))
+        made.used = used_slots(made)
+        made.signature = signature(made)
         return made
 
     def bindings(self, op: Operation, handler: Handler, where: str) -> dict[str, list[Binding]]:
         """The operator's inputs by parameter; iOS 16 writes a constexpr's as attributes."""
         given: dict[str, list[Binding]] = {k: v for k, v in op.inputs.items() if v}
         if op.type.startswith("constexpr_"):
-            given |= {k: [v] for k, v in op.attributes.items() if k != "name"}
+            given |= {k: [v] for k, v in op.attributes.items()}
         unknown = given.keys() - handler.parameters.keys()
         if unknown:
             raise PackageError(f"{where}: no input {', '.join(sorted(unknown))} in this operator")
@@ -140,11 +173,12 @@ class Planner:
         slots: dict[str, int],
         where: str,
     ) -> None:
-        parts = [slots[b] if isinstance(b, str) and b in slots else self.constant(b, known) for b in bindings]
+        decode = self.stored if (made.handler.name, name) in _STORED else self.constant
+        parts = [slots[b] if isinstance(b, str) and b in slots else decode(b, known) for b in bindings]
         if all(type(p) is not int for p in parts):
             made.fixed[name] = self.fixed(parts, parameter, f"{where}: input {name!r}")
-        elif parameter.many and (parameter.kind == "Tensor" or len(parts) > 1):
-            made.gathers.append((name, parts, parameter.kind != "Tensor"))
+        elif parameter.many and (parameter.kind in UNCONVERTED or len(parts) > 1):
+            made.gathers.append((name, parts, parameter.kind not in UNCONVERTED))
         elif parameter.many:
             made.reads.append((name, parts[0], numbers))
         else:
@@ -152,8 +186,8 @@ class Planner:
 
     def fixed(self, parts: list[Any], parameter: Parameter, where: str) -> Any:
         """Constant arguments, converted now."""
-        if parameter.kind == "Tensor":
-            if not all(isinstance(p, Tensor) for p in parts):
+        if parameter.kind in UNCONVERTED:
+            if parameter.kind == "Tensor" and not all(isinstance(p, Tensor) for p in parts):
                 raise PackageError(f"{where}: not a tensor")
             return parts if parameter.many else parts[0]
         if (parameter.kind == "str") != isinstance(parts[0], str):
@@ -169,16 +203,40 @@ class Planner:
     def constant(self, binding: Binding, known: dict[str, Any]) -> Any:
         return self.decoded(known[binding] if isinstance(binding, str) else binding)
 
+    def stored(self, binding: Binding, known: dict[str, Any]) -> Any:
+        """A constant as it lies in the mapped weight file, where the operator can take it so."""
+        value = known[binding] if isinstance(binding, str) else binding
+        if isinstance(value, Value) and value.is_blob and value.type.dtype == "fp16":
+            return torch.from_numpy(value.view())
+        return self.decoded(value)
+
     def decoded(self, value: Any) -> Any:
-        """A constant at run time; those in a weight file are decoded once for the whole program."""
+        """A constant at run time; those in a weight file are decoded once for the whole program, whatever shape
+        they are given.
+        """
         if not isinstance(value, Value):
             return value.value if isinstance(value, _Computed) else value
         if value.key is None:
-            return constant(value)
-        key = ("constant", value.key)
+            if id(value) not in self.immediates:
+                self.immediates[id(value)] = self.made(value)
+            return self.immediates[id(value)]
+        *place, shape = value.key
+        key = ("constant", *place)
         if key not in self.program.cache:
-            self.program.cache[key] = constant(value)
-        return self.program.cache[key]
+            self.program.cache[key] = self.made(value)
+        return self.program.cache[key].view([d or 0 for d in shape])
+
+    def made(self, value: Value) -> Any:
+        """Decode within the limits. What lies in the program itself is decoded once, and small: the file's size
+        is limited.
+        """
+        if not value.is_blob or not isinstance(value.type, TensorType):
+            return constant(value)
+        self.guard.admit(_WIDEST * (value.type.count or 0))
+        made = constant(value)
+        if isinstance(made, Tensor) and value.is_copied:
+            ledger(self.program).hold(made)
+        return made
 
     def constexpr(self, op: Operation, known: dict[str, Any], place: str) -> None:
         """Evaluate a compressed constant now, or take it from the cache; its operands are not kept."""
@@ -195,9 +253,12 @@ class Planner:
             op.type,
             self.policy.rounds,
             tuple((n, identity(v)) for n, v in sorted(operands.items())),
+            tuple(o.type for o in op.outputs),
         )
         if key not in self.program.cache:
-            self.program.cache[key] = self.evaluate(op, handler, operands, where)
+            results = self.program.cache[key] = self.evaluate(op, handler, operands, where)
+            for tensor in tensors(results):
+                ledger(self.program).hold(tensor)
         for index, (output, value) in enumerate(zip(op.outputs, self.program.cache[key])):
             known[output.name] = _Computed(value, (key, index))
 
@@ -206,14 +267,18 @@ class Planner:
         for name, value in operands.items():
             raw = constant(value) if isinstance(value, Value) else self.decoded(value)
             arguments[name] = self.fixed([raw], handler.parameters[name], f"{where}: input {name!r}")
+        if handler.wants_run:
+            half = any(isinstance(o.type, TensorType) and o.type.dtype == "fp16" for o in op.outputs)
+            arguments["run"] = Run(self.policy if half else Fp32(), None)
         try:
-            result = handler.function(**arguments)
-            results = result if isinstance(result, tuple) else (result,)
-            if len(results) != len(op.outputs):
-                raise ValueError(f"{len(results)} results for {len(op.outputs)} outputs")
-            return [settle(v, o.type, self.policy, handler, o.name) for v, o in zip(results, op.outputs)]
+            with self.guard:
+                result = handler.function(**arguments)
+                results = result if isinstance(result, tuple) else (result,)
+                if len(results) != len(op.outputs):
+                    raise ValueError(f"{len(results)} results for {len(op.outputs)} outputs")
+                return [settle(v, o.type, self.policy, handler, o.name) for v, o in zip(results, op.outputs)]
         except KERNEL_ERRORS as error:
-            raise PackageError(f"{where} failed: {error}") from error
+            raise PackageError(f"{where} failed: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +294,12 @@ def identity(value: Any) -> Hashable:
     if isinstance(value, _Computed):
         return value.key
     if isinstance(value, Value):
-        return value.key or (value.type.dtype, value.type.shape, value.view().tobytes())
+        view = value.view()
+        return value.key or (
+            value.type.dtype,
+            value.type.shape,
+            tuple(view.flat) if view.dtype == object else view.tobytes(),
+        )
     return str(value)
 
 
@@ -237,11 +307,32 @@ def body(plan: Plan) -> Body:
     return lambda run, arguments: plan.execute(run, arguments, False)
 
 
-def used_slots(made: Instruction) -> set[int]:
-    """Slots that an instruction reads, inside its nested blocks too."""
-    used = {slot for _, slot, _ in made.reads}
-    used |= {p for _, parts, _ in made.gathers for p in parts if type(p) is int}
+def used_slots(made: Instruction) -> list[int]:
+    """Slots that an instruction reads, inside its nested blocks too; each once, in the order of the parameters."""
+    used = [slot for _, slot, _ in made.reads]
+    used += [p for _, parts, _ in made.gathers for p in parts if type(p) is int]
     for plan in made.bodies:
-        used |= {s for instruction in plan.instructions for s in instruction.used}
-        used |= {o for o in plan.outputs if type(o) is int}
-    return used
+        used += [s for instruction in plan.instructions for s in instruction.used]
+        used += [o for o in plan.outputs if type(o) is int]
+    return list(dict.fromkeys(used))
+
+
+def signature(made: Instruction) -> Hashable:
+    """Equal for instructions that do the same with operands of the same shapes; None where values decide."""
+    if made.bodies or any(r[2] is not None for r in made.reads) or any(g[2] for g in made.gathers):
+        return None
+    slots = {slot: n for n, slot in enumerate(made.used)}
+    reads = tuple((name, slots[slot]) for name, slot, _ in made.reads)
+    gathers = tuple((n, tuple(slots[p] if type(p) is int else shape(p) for p in parts)) for n, parts, _ in made.gathers)
+    fixed = tuple((name, shape(value)) for name, value in made.fixed.items())
+    outputs = tuple((o.type.dtype, o.type.shape) for o in made.op.outputs)
+    return made.op.type, reads, gathers, fixed, outputs
+
+
+def shape(value: Any) -> Hashable:
+    """What the cost of working with a constant depends on: a tensor's shape, anything else itself."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list):
+        return tuple(shape(item) for item in value)
+    return type(value), repr(value)

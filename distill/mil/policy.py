@@ -10,7 +10,7 @@ None of them claims to be bit-exact with a chip.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from distill.errors import InputError
 
-_NORMAL16 = 2.0**-14
+SMALLEST_NORMAL = {"fp16": 2.0**-14, "bf16": 2.0**-126, "fp32": 2.0**-126, "fp64": 2.0**-1022}
 _BLOCK = 32
+_CHUNK = 2**20  # elements rounded at once: what lies in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,16 @@ class Policy:
     rounds = True  # whether fp16 is honoured
     records = False
 
-    def settle(self, x: Tensor, op_type: str, name: str) -> Tensor:
-        """A float32 result that is declared fp16."""
+    def settle(self, x: Tensor, op_type: str, name: str, ours: bool = False) -> Tensor:
+        """A float32 result that is declared fp16. `ours`: nobody else can see its memory."""
+        if ours and x.is_contiguous():
+            for part in x.reshape(-1).split(_CHUNK) if x.numel() > _CHUNK else (x,):
+                part.copy_(part.half())
+            return x
         return round16(x)
+
+    def look(self, x: Tensor, dtype: str, op_type: str, name: str) -> None:
+        """A result that is not rounded; only `strict` looks."""
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.matmul(x, y)
@@ -70,6 +78,12 @@ class Policy:
     def sum(self, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
         return x.sum(list(axes), keepdim=keep) if axes else x
 
+    def softmax(self, x: Tensor, axis: int) -> Tensor:
+        return torch.softmax(x, axis)
+
+    def logsumexp(self, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
+        return torch.logsumexp(x, list(axes), keepdim=keep)
+
     def report(self, kind: str, op_type: str, name: str, count: int, size: int) -> None:
         """A remark from a handler; only `strict` keeps it."""
 
@@ -78,7 +92,7 @@ class Fp32(Policy):
     name = "fp32"
     rounds = False
 
-    def settle(self, x: Tensor, op_type: str, name: str) -> Tensor:
+    def settle(self, x: Tensor, op_type: str, name: str, ours: bool = False) -> Tensor:
         return x
 
 
@@ -130,36 +144,61 @@ class Acc16(Policy):
             total = round16(total + round16(part.sum(-1)))
         return total.reshape([1 if d in dims else n for d, n in enumerate(x.shape)]) if keep else total
 
+    def softmax(self, x: Tensor, axis: int) -> Tensor:
+        powers = (x - x.amax(axis, keepdim=True)).exp()
+        return powers / self.sum(powers, [axis], True)
+
+    def logsumexp(self, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
+        if not axes:
+            return x
+        highest = x.amax(list(axes), keepdim=True)
+        highest = torch.where(highest.isfinite(), highest, 0.0)
+        total = self.sum((x - highest).exp(), axes, True).log() + highest
+        return total if keep else total.squeeze(list(axes))
+
 
 class Strict(Policy):
-    """Keeps its findings until the next run begins."""
+    """Keeps its findings until the next run begins: one for each kind, operator and value, however often it ran."""
 
     name = "strict"
     records = True
 
     def __init__(self) -> None:
-        self.findings: list[Finding] = []
+        self._found: dict[tuple[str, str, str], Finding] = {}
 
-    def settle(self, x: Tensor, op_type: str, name: str) -> Tensor:
+    @property
+    def findings(self) -> list[Finding]:
+        return list(self._found.values())
+
+    def settle(self, x: Tensor, op_type: str, name: str, ours: bool = False) -> Tensor:
         rounded = round16(x)
-        size = x.abs()
-        small = (size > 0) & (size < _NORMAL16)
-        kinds = {
-            "overflow": x.isfinite() & rounded.isinf(),
-            "infinite": x.isinf(),
-            "nan": x.isnan(),
-            "underflow": small & (rounded == 0),
-            "subnormal": small & (rounded != 0),
-        }
-        for kind, where in kinds.items():
-            count = int(where.sum())
-            if count:
-                worst = float(size[where].max())
-                self.findings.append(Finding(kind, op_type, name, count, x.numel(), worst))
+        small = (x != 0) & (x.abs() < SMALLEST_NORMAL["fp16"])
+        self.keep("overflow", x.isfinite() & rounded.isinf(), x, op_type, name)
+        self.keep("infinite", x.isinf(), x, op_type, name)
+        self.keep("nan", x.isnan(), x, op_type, name)
+        self.keep("underflow", small & (rounded == 0), x, op_type, name)
+        self.keep("subnormal", small & (rounded != 0), x, op_type, name)
         return rounded
 
+    def look(self, x: Tensor, dtype: str, op_type: str, name: str) -> None:
+        self.keep("infinite", x.isinf(), x, op_type, name)
+        self.keep("nan", x.isnan(), x, op_type, name)
+        self.keep("subnormal", (x != 0) & (x.abs() < SMALLEST_NORMAL[dtype]), x, op_type, name)
+
+    def keep(self, kind: str, where: Tensor, x: Tensor, op_type: str, name: str) -> None:
+        if count := int(where.sum()):
+            self.add(Finding(kind, op_type, name, count, x.numel(), float(x.abs()[where].max())))
+
     def report(self, kind: str, op_type: str, name: str, count: int, size: int) -> None:
-        self.findings.append(Finding(kind, op_type, name, count, size, 0.0))
+        self.add(Finding(kind, op_type, name, count, size, 0.0))
+
+    def add(self, new: Finding) -> None:
+        key = new.kind, new.op_type, new.name
+        old = self._found.get(key)
+        if old is not None:
+            worst = max(old.worst, new.worst)
+            new = replace(old, count=old.count + new.count, size=old.size + new.size, worst=worst)
+        self._found[key] = new
 
 
 _POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Policy, Fp32, Acc16, Strict)}

@@ -6,7 +6,7 @@ Names follow MIL.proto. `load()` in package.py makes a Program; `predict`, `trac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.errors import InputError, PackageError
+from distill.mil import dtypes
 from distill.mil.blob import BlobReader
+from distill.mil.limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
     from distill.mil.interpreter import Step
     from distill.mil.policy import Finding, Policy
+    from distill.mil.ranges import Range
     from distill.mil.state import State
 
 Shape = tuple[int | None, ...]
@@ -121,6 +124,11 @@ class Value:
         return self._reader is not None
 
     @property
+    def is_copied(self) -> bool:
+        """Whether decoding it takes memory beyond the mapped file."""
+        return self._reader is not None and dtypes.unpacks(self.type.dtype)
+
+    @property
     def items(self) -> list[Value] | dict[Any, Value]:
         """The members of a list, tuple or dictionary constant."""
         if isinstance(self._source, list | dict):
@@ -142,8 +150,8 @@ class Value:
         raise PackageError(f"constant of type {self.type.dtype} is not a tensor")
 
     def numpy(self) -> np.ndarray:
-        """The constant, read-only. Sub-byte integers come as (u)int8, bf16 and fp8 as float32, strings as str
-        arrays.
+        """The constant, read-only. Sub-byte integers come as (u)int8, bf16 and fp8 as float32, strings as
+        objects.
         """
         view = self.view().view()
         view.flags.writeable = False
@@ -211,14 +219,15 @@ class Feature:
     """One input, output or state as the model description shows it to an application.
 
     `shape` is the default shape; `enumerated` and `ranges` say what else is allowed (empty: nothing else).
-    `type` is the program's own type for it.
+    An image's is (1, channels, height, width). `type` is the program's own type for it.
     """
 
     name: str
     dtype: str
     shape: Shape
     type: ValueType
-    kind: str = "tensor"  # tensor | image | other
+    kind: str = "tensor"  # tensor | image | label (of a classifier) | probabilities (label -> number)
+    color: str = ""  # of an image: RGB | BGR | GRAYSCALE | GRAYSCALE_FLOAT16
     enumerated: tuple[tuple[int, ...], ...] = ()
     ranges: tuple[tuple[int, int | None], ...] = ()  # per dimension, upper None = unbounded
     optional: bool = False
@@ -263,6 +272,8 @@ class Program:
     weight_files: list[Path]
     description: dict[str, str] = field(default_factory=dict)  # author, license, version, description
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    limits: Limits = DEFAULT
+    size: int = 0  # bytes of its files
 
     def function(self, name: str | None = None) -> Function:
         """The named function, or the default one."""
@@ -277,8 +288,11 @@ class Program:
         function: str | None = None,
         state: State | None = None,
         policy: str | Policy = "ieee16",
-    ) -> dict[str, np.ndarray]:
-        """Run a function; outputs by name, fp16 ones as float32 (as Core ML returns them)."""
+    ) -> dict[str, Any]:
+        """Run a function; outputs by name, fp16 ones as float32 (as Core ML returns them). An image is taken as
+        a PIL image or as an array, and is returned as an array (images.to_pil makes an image of it). A
+        classifier's label is an int or a str, its probabilities a dict.
+        """
         from distill.mil import interpreter  # loads torch
 
         return interpreter.predict(self, inputs, function, state, policy)
@@ -294,6 +308,23 @@ class Program:
         from distill.mil import interpreter
 
         return interpreter.trace(self, inputs, function, state, policy)
+
+    def ranges(
+        self,
+        inputs: Iterable[Mapping[str, Any] | Iterable[Mapping[str, Any]]],
+        function: str | None = None,
+        state: State | None = None,
+        policy: str | Policy = "fp32",
+    ) -> list[Range]:
+        """Every float value's range over many inputs, the one nearest to fp16's limit of 65504 first.
+
+        An item is the inputs of one prediction, or a conversation: several that share a state. Each begins with
+        zeros, unless `state` is given: then all go on with that one. Under `fp32`, the default, values are those
+        that the program asks for; under `ieee16` those that fp16 leaves of them.
+        """
+        from distill.mil.ranges import observe
+
+        return observe(self, inputs, function, state, policy)
 
     def make_state(self, function: str | None = None) -> State:
         """Fresh (zero) buffers for a function's states."""

@@ -16,8 +16,8 @@ from distill.mil.values import RUNTIME, check_size, from_numpy
 class State:
     """Made by `program.make_state()`. Functions with the same states (prefill, decode) may share one.
 
-    A prediction that fails half-way may have changed it: copy() first where that matters. Values that MIL
-    calls fp16 are held in float32; what is written was rounded to fp16 unless the policy is fp32.
+    A prediction that fails leaves it as it was. Values that MIL calls fp16 are held in float32; what is written
+    was rounded to fp16 unless the policy is fp32.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> None:

@@ -52,8 +52,14 @@ def load(
 
 # A package written by hand: for programs that coremltools would refuse to write.
 
-_ARRAY = {"fp32": 65568, "fp16": 65552, "int32": 131104}
-_MIL = {"fp32": MIL_pb2.FLOAT32, "fp16": MIL_pb2.FLOAT16, "int32": MIL_pb2.INT32, "uint4": MIL_pb2.UINT4}
+_ARRAY = {"fp32": 65568, "fp16": 65552, "int32": 131104, "int8": 131080}
+_MIL = {
+    "int8": MIL_pb2.INT8,
+    "fp32": MIL_pb2.FLOAT32,
+    "fp16": MIL_pb2.FLOAT16,
+    "int32": MIL_pb2.INT32,
+    "uint4": MIL_pb2.UINT4,
+}
 
 
 def set_type(proto: Any, dtype: str, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.mil.ops.registry import op
+from distill.mil.run import Run
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -103,5 +104,5 @@ def linear_activation(x: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 @op("softmax", fresh=True)
-def softmax(x: Tensor, axis: int = -1) -> Tensor:
-    return torch.softmax(x, axis)
+def softmax(run: Run, x: Tensor, axis: int = -1) -> Tensor:
+    return run.policy.softmax(x, axis)

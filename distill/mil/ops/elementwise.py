@@ -161,7 +161,10 @@ def mul(x: Tensor, y: Tensor) -> Tensor:
 
 @op("real_div", fresh=True)
 def real_div(x: Tensor, y: Tensor) -> Tensor:
-    return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
+    if x.is_floating_point():
+        return x / y
+    minus = y == -1  # the smallest integer divided by -1 is a processor trap
+    return torch.where(minus, -x, torch.div(x, torch.where(minus, 1, y), rounding_mode="trunc"))
 
 
 @op("floor_div", fresh=True)

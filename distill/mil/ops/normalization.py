@@ -70,8 +70,10 @@ def l2_norm(run: Run, x: Tensor, epsilon: float = 1e-6) -> Tensor:
 
 
 @op("local_response_norm", fresh=True)
-def local_response_norm(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+def local_response_norm(
+    run: Run, x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
     """x / (k + alpha / size * sum of squares over `size` neighbouring channels) ** beta."""
     squares = F.pad((x * x).movedim(1, -1), (size // 2, (size - 1) // 2))
-    total = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 1)
+    total = run.policy.sum(squares.unfold(-1, size, 1), [-1], False).movedim(-1, 1)
     return x / (k + alpha / size * total) ** beta

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from distill.mil.ops.registry import op
@@ -65,8 +64,8 @@ def reduce_log_sum(run: Run, x: Tensor, axes: list[int] | None = None, keep_dims
 
 
 @op("reduce_log_sum_exp")
-def reduce_log_sum_exp(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return torch.logsumexp(x.float(), every(x, axes), keepdim=keep_dims)
+def reduce_log_sum_exp(run: Run, x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
+    return run.policy.logsumexp(x.float(), every(x, axes), keep_dims)
 
 
 @op("reduce_argmax")

@@ -5,9 +5,9 @@ annotations say how each is passed, defaults are MIL's defaults.
     def softmax(x: Tensor, axis: int = -1) -> Tensor: ...
 
 `Tensor` parameters come as torch tensors, `int`/`list[int]`/`str`... as plain Python values (converted once
-where constant). A first parameter `run: Run` gives the policy and the state; `blocks: list[Body]` the nested
-blocks. A handler computes in float32 where MIL says fp16; the interpreter rounds what it returns. It never
-changes its inputs.
+where constant), `Any` as they are (lists of tensors, class labels). A first parameter `run: Run` gives the
+policy and the state; `blocks: list[Body]` the nested blocks. A handler computes in float32 where MIL says fp16;
+the interpreter rounds what it returns. It never changes its inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 
-KINDS = frozenset({"Tensor", "int", "float", "bool", "str"})
+KINDS = frozenset({"Tensor", "Any", "int", "float", "bool", "str"})
+UNCONVERTED = frozenset({"Tensor", "Any"})
 
 
 class Parameter(NamedTuple):

@@ -11,14 +11,15 @@ from torch import Tensor
 from distill.mil.ops.registry import op
 from distill.mil.values import check_size
 
+_MOST_PARTS = 2**16  # of nothing there are as many as one likes
+
 
 @op("reshape", exact=True)
 def reshape(x: Tensor, shape: list[int]) -> Tensor:
-    """0 keeps the dimension of `x` (only where the ranks are equal); one -1 takes what is left."""
-    if 0 in shape and x.numel() > 0:
-        if len(shape) != x.dim():
-            raise ValueError(f"0 in shape {shape} needs a tensor of rank {len(shape)}, not {x.dim()}")
-        shape = [n if s == 0 else s for s, n in zip(shape, x.shape)]
+    """One -1 takes what is left. 0 keeps the dimension of `x`, counted from the right; where there is none, it is 1."""
+    if x.numel() > 0:
+        lead = len(shape) - x.dim()
+        shape = [s if s else x.shape[i - lead] if i >= lead else 1 for i, s in enumerate(shape)]
     return x.reshape(shape)
 
 
@@ -64,7 +65,7 @@ def split(
 ) -> tuple[Tensor, ...]:
     size = x.shape[axis]
     if split_sizes is None:
-        if not num_splits or size % num_splits:
+        if not num_splits or size % num_splits or num_splits > _MOST_PARTS:
             raise ValueError(f"{size} does not divide into {num_splits} parts")
         split_sizes = [size // num_splits] * num_splits
     return torch.split(x, split_sizes, axis)
@@ -154,6 +155,30 @@ def space_to_depth(x: Tensor, block_size: int) -> Tensor:
     n, c, h, w = x.shape
     b = block_size
     return x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, -1, h // b, w // b)
+
+
+@op("space_to_batch", exact=True)
+def space_to_batch(x: Tensor, block_shape: list[int], paddings: list[int]) -> Tensor:
+    """(N, C, rows x block, columns x block) -> (block row, block column, N, C, rows, columns), the first three
+    merged.
+    """
+    top, bottom, left, right = paddings
+    padded = F.pad(x, [left, right, top, bottom])
+    n, c, h, w = padded.shape
+    rows, columns = block_shape
+    split = padded.reshape(n, c, h // rows, rows, w // columns, columns)
+    return split.permute(3, 5, 0, 1, 2, 4).reshape(-1, c, h // rows, w // columns)
+
+
+@op("batch_to_space", exact=True)
+def batch_to_space(x: Tensor, block_shape: list[int], crops: list[int]) -> Tensor:
+    """The inverse of space_to_batch, then `crops` (top, bottom, left, right) cut off."""
+    top, bottom, left, right = crops
+    n, c, h, w = x.shape
+    rows, columns = block_shape
+    split = x.reshape(rows, columns, n // (rows * columns), c, h, w)
+    whole = split.permute(2, 3, 4, 0, 5, 1).reshape(-1, c, h * rows, w * columns)
+    return whole[:, :, top : h * rows - bottom, left : w * columns - right]
 
 
 @op("pixel_shuffle", exact=True)

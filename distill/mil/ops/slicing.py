@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from distill.mil.ops.registry import op
@@ -42,7 +43,7 @@ def take(x: Tensor, slices: list[slice]) -> Tensor:
     for axis, s in enumerate(slices):
         if s.step is not None and s.step < 0:
             wanted = range(*s.indices(x.shape[axis]))
-            out = out.index_select(axis, out.new_tensor(list(wanted)).long())
+            out = out.index_select(axis, torch.arange(len(wanted)) * wanted.step + wanted.start)
     return out
 
 
@@ -100,14 +101,33 @@ def update_in_place(
     return write(x, update, solve(list(x.shape), begin, end, stride, begin_mask, end_mask, squeeze_mask))
 
 
-def write(x: Tensor, update: Tensor, slices: list[slice]) -> Tensor:
-    """Write into `x` itself."""
+def overwritten(
+    x: Tensor,
+    update: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Tensor:
+    """The part of `x` that update_in_place will write, as a view."""
+    return forward(x, solve(list(x.shape), begin, end, stride, begin_mask, end_mask, squeeze_mask))[0]
+
+
+def forward(x: Tensor, slices: list[slice]) -> tuple[Tensor, list[int]]:
+    """`x[slices]` as a view whose steps all go forwards, and the axes along which they did not."""
     reversed_axes = [i for i, s in enumerate(slices) if s.step is not None and s.step < 0]
-    forward = list(slices)
+    turned = list(slices)
     for axis in reversed_axes:
         wanted = range(*slices[axis].indices(x.shape[axis]))
-        forward[axis] = slice(wanted[-1], wanted[0] + 1, -wanted.step) if wanted else slice(0, 0)
-    target = x[tuple(forward)]
+        turned[axis] = slice(wanted[-1], wanted[0] + 1, -wanted.step) if wanted else slice(0, 0)
+    return x[tuple(turned)], reversed_axes
+
+
+def write(x: Tensor, update: Tensor, slices: list[slice]) -> Tensor:
+    """Write into `x` itself."""
+    target, reversed_axes = forward(x, slices)
     value = update.reshape(target.shape)
     target.copy_(value.flip(reversed_axes) if reversed_axes else value)
     return x

@@ -12,12 +12,12 @@ from distill.mil.run import Run
 
 @op("read_state", exact=True)
 def read_state(run: Run, input: str) -> Tensor:
-    assert run.state is not None  # checked before the run
+    assert run.state is not None, "the function has no states"
     return run.state.get(input)
 
 
 @op("write_state", exact=True)
 def write_state(run: Run, input: str, data: Tensor) -> tuple[()]:
-    assert run.state is not None
+    assert run.state is not None, "the function has no states"
     run.state.set(input, data)
     return ()

@@ -1,0 +1,1 @@
+"""Apple's own operator tests, run through the executor: `make conformance`."""

@@ -1,0 +1,1 @@
+"""Mutated packages against distill.mil: `make fuzz`."""
