@@ -80,7 +80,7 @@ class Instruction:
         held, before, guard.peak, guard.data_dependent = guard.ledger.held, guard.spent, 0, False
         with guard:
             self.run(run, may_overwrite)
-        if not guard.data_dependent:
+        if self.handler.by_shape or not guard.data_dependent:
             self.measured, self.cost = operands, guard.spent - before
             if len(guard.ledger.costs) < _MOST_COSTS:
                 guard.ledger.costs[key] = max(0, guard.peak - held), self.cost

@@ -319,7 +319,8 @@ def used_slots(made: Instruction) -> list[int]:
 
 def signature(made: Instruction) -> Hashable:
     """Equal for instructions that do the same with operands of the same shapes; None where values decide."""
-    if made.bodies or any(r[2] is not None for r in made.reads) or any(g[2] for g in made.gathers):
+    numbers_read = any(r[2] is not None for r in made.reads) or any(g[2] for g in made.gathers)
+    if made.bodies or (numbers_read and not made.handler.by_shape):
         return None
     slots = {slot: n for n, slot in enumerate(made.used)}
     reads = tuple((name, slots[slot]) for name, slot, _ in made.reads)

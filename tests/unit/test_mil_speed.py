@@ -16,7 +16,7 @@ from coremltools.converters.mil import Builder as mb
 
 from distill import mil
 from distill.errors import PackageError
-from distill.mil import interpreter
+from distill.mil import guard, interpreter
 from distill.mil.plan import Plan
 from distill.mil.policy import Acc16, Policy, make_policy
 from distill.mil_tools import bench_cells as bench
@@ -316,3 +316,29 @@ def test_the_benchmark_makes_its_package_and_measures_every_cell(tmp_path, monke
     np.testing.assert_allclose(logits, bench.run_eager(tmp_path)().numpy(), rtol=1e-2, atol=1e-2)
     for cell, policy in (("speed", "ieee16"), ("first", "fp32"), ("memory", "fp32")):
         assert all(value > 0 for value in bench.CELLS[cell](tmp_path, policy, 1).values())
+
+
+def test_a_step_at_another_position_is_not_measured_again(tmp_path, monkeypatch):
+    """Where a slice begins changes nothing about what it takes."""
+
+    def body(x, position, kv):
+        end = mb.add(x=position, y=np.array([1], np.int32))
+        new = mb.slice_update(
+            x=mb.read_state(input=kv),
+            update=x,
+            begin=mb.concat(values=[position, np.array([0], np.int32)], axis=0),
+            end=mb.concat(values=[end, np.array([4], np.int32)], axis=0),
+        )
+        mb.coreml_update_state(state=kv, value=new)
+        return mb.reduce_sum(x=new, axes=[0])
+
+    specs = [b.tensor((1, 4), "fp16"), b.tensor((1,), "int32"), b.state((8, 4))]
+    program = b.load(tmp_path / "m.mlpackage", specs, body)
+    state, measured, foreseen = program.make_state(), [], guard.foreseen
+    monkeypatch.setattr(guard, "foreseen", lambda *call: measured.append(call) or foreseen(*call))
+    for position in range(4):
+        before = len(measured)
+        program.predict({"x": np.ones((1, 4)), "position": np.array([position])}, state=state)
+        if position > 1:
+            assert len(measured) == before
+    assert measured and state.read(state.names[0]).sum() == 16

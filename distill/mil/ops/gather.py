@@ -44,7 +44,7 @@ def normalise(run: Run, indices: Tensor, size: int, validate: bool | None) -> Te
     return indices if -size <= low and high < size else indices.clamp(0, size - 1)
 
 
-@op("gather", exact=True, fresh=True)
+@op("gather", exact=True, fresh=True, by_shape=True)
 def gather(
     run: Run,
     x: Tensor,
@@ -69,7 +69,7 @@ def gather(
     return picked.reshape(x.shape[:axis] + indices.shape[batch_dims:] + x.shape[axis + 1 :])
 
 
-@op("gather_along_axis", exact=True, fresh=True)
+@op("gather_along_axis", exact=True, fresh=True, by_shape=True)
 def gather_along_axis(
     run: Run, x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool | None = None
 ) -> Tensor:
@@ -79,7 +79,7 @@ def gather_along_axis(
     return torch.take_along_dim(x, indices, axis)
 
 
-@op("gather_nd", exact=True, fresh=True)
+@op("gather_nd", exact=True, fresh=True, by_shape=True)
 def gather_nd(
     run: Run, x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool | None = None
 ) -> Tensor:
@@ -120,7 +120,7 @@ def scattered(data: Tensor, axis: int, index: Tensor, updates: Tensor, mode: str
     return data.scatter_reduce(axis, index, -updates if mode == "sub" else updates, _REDUCE[mode])
 
 
-@op("scatter", fresh=True)
+@op("scatter", fresh=True, by_shape=True)
 def scatter(
     run: Run,
     data: Tensor,
@@ -139,7 +139,7 @@ def scatter(
     return scattered(data, axis, index.expand(updates.shape), updates, mode)
 
 
-@op("scatter_along_axis", fresh=True)
+@op("scatter_along_axis", fresh=True, by_shape=True)
 def scatter_along_axis(
     run: Run,
     data: Tensor,
@@ -161,7 +161,7 @@ def scatter_along_axis(
     return scattered(data.reshape(-1), 0, place[keep], updates[keep], mode).reshape(data.shape)
 
 
-@op("scatter_nd", fresh=True)
+@op("scatter_nd", fresh=True, by_shape=True)
 def scatter_nd(
     run: Run,
     data: Tensor,

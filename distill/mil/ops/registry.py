@@ -40,12 +40,15 @@ class Handler(NamedTuple):
     wants_blocks: bool
     exact: bool  # outputs hold only values of the inputs: nothing to round
     fresh: bool  # outputs never share memory with an input
+    by_shape: bool  # what a call takes follows from its operands' shapes, whatever they hold
 
 
 TABLE: dict[str, Handler] = {}
 
 
-def op(*names: str, exact: bool = False, fresh: bool = False) -> Callable[[_Handler], _Handler]:
+def op(
+    *names: str, exact: bool = False, fresh: bool = False, by_shape: bool = False
+) -> Callable[[_Handler], _Handler]:
     """Register a handler for the operators `names`. Registering an operator twice is an error."""
 
     def register(function: _Handler) -> _Handler:
@@ -56,7 +59,7 @@ def op(*names: str, exact: bool = False, fresh: bool = False) -> Callable[[_Hand
         for name in names:
             if name in TABLE:
                 raise ValueError(f"operator {name!r} is registered twice")
-            TABLE[name] = Handler(name, function, parsed, wants_run, wants_blocks, exact, fresh)
+            TABLE[name] = Handler(name, function, parsed, wants_run, wants_blocks, exact, fresh, by_shape)
         return function
 
     return register

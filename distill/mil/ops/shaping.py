@@ -14,7 +14,7 @@ from distill.mil.values import check_size
 _MOST_PARTS = 2**16  # of nothing there are as many as one likes
 
 
-@op("reshape", exact=True)
+@op("reshape", exact=True, by_shape=True)
 def reshape(x: Tensor, shape: list[int]) -> Tensor:
     """One -1 takes what is left. 0 keeps the dimension of `x`, counted from the right; where there is none, it is 1."""
     if x.numel() > 0:
@@ -100,7 +100,7 @@ def reverse(x: Tensor, axes: list[int] | None = None) -> Tensor:
     return x.flip(list(range(x.dim())) if axes is None else axes)
 
 
-@op("reverse_sequence", exact=True, fresh=True)
+@op("reverse_sequence", exact=True, fresh=True, by_shape=True)
 def reverse_sequence(x: Tensor, lengths: list[int], seq_axis: int = 0, batch_axis: int = 0) -> Tensor:
     """The first lengths[i] elements along `seq_axis` of batch member i are reversed."""
     out = x.clone()

@@ -47,7 +47,7 @@ def take(x: Tensor, slices: list[slice]) -> Tensor:
     return out
 
 
-@op("slice_by_index", exact=True)
+@op("slice_by_index", exact=True, by_shape=True)
 def slice_by_index(
     x: Tensor,
     begin: list[int],
@@ -62,7 +62,7 @@ def slice_by_index(
     return out.squeeze(dropped) if dropped else out
 
 
-@op("slice_by_size", exact=True)
+@op("slice_by_size", exact=True, by_shape=True)
 def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
     """A size of -1 takes all that remains."""
     starts = [b + n if b < 0 else b for b, n in zip(begin, x.shape)]
@@ -72,7 +72,7 @@ def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
     return x[tuple(slice(b, None if s == -1 else b + s) for b, s in zip(starts, size))]
 
 
-@op("slice_update", exact=True, fresh=True)
+@op("slice_update", exact=True, fresh=True, by_shape=True)
 def slice_update(
     x: Tensor,
     update: Tensor,

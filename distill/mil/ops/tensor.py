@@ -75,7 +75,7 @@ def shifted(total: Tensor, axis: int) -> Tensor:
     return torch.cat([zero, total.narrow(axis, 0, total.shape[axis] - 1)], axis)
 
 
-@op("topk", fresh=True)
+@op("topk", fresh=True, by_shape=True)
 def topk(
     x: Tensor,
     k: int = 1,
@@ -98,7 +98,7 @@ def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
     return torch.sort(x, dim=axis, descending=not ascending, stable=True).indices.to(torch.int32)
 
 
-@op("band_part", exact=True, fresh=True)
+@op("band_part", exact=True, fresh=True, by_shape=True)
 def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
     """Keeps `lower` diagonals below and `upper` above the main one; negative keeps all."""
     m, n = x.shape[-2:]
