@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from distill.errors import DistillError, ModelTypeError
-from distill.mil.images import to_pil
+from distill.mil.images import is_pil, to_pil
 from distill.mil.package import load
 from distill.mil.program import Feature, Function, Program
 from distill.mil.state import State
@@ -76,6 +76,9 @@ class MLModelProxy:
         self._predict_time = time.perf_counter_ns() - started
         MLModelProxy.predictions += 1
         return {f.name: _as_returned(f, outputs[f.name]) for f in function.outputs}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MLModelProxy:
+        return self  # nothing of it changes
 
     def batchPredict(self, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return [self.predict(inputs) for inputs in batch]
@@ -196,7 +199,7 @@ def _asset(proxy: MLModelAssetProxy) -> Any:
 
 def _open(path: Path) -> tuple[Program | None, str]:
     """The program, or why this model cannot run here although Core ML could run it."""
-    if path.is_file():
+    if path.is_file() or (not (path / "Manifest.json").exists() and any(path.glob("*.mlmodel"))):
         return None, f"{path.name} is not an ML Program, and only ML Programs run here"
     try:
         return _checked(_LOAD, load, path), ""
@@ -215,11 +218,15 @@ def _checked(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _as_declared(function: Function, name: str, value: Any) -> Any:
-    """Drop the axis that coremltools gives to a scalar."""
+    """A number where a tensor of one element is declared; fractions that an integer type drops."""
     feature = next((f for f in function.inputs if f.name == name), None)
-    if feature is None or feature.kind != "tensor" or not np.isscalar(value):
+    if feature is None or feature.kind != "tensor" or is_pil(value):
         return value
-    return np.full([1] * len(feature.shape), value)
+    if isinstance(value, np.ndarray | np.generic | int | float) and np.ndim(value) == 0:
+        value = np.full([1] * len(feature.shape), value)
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and "int" in feature.type.dtype:
+        value = np.trunc(value)
+    return value
 
 
 def _as_returned(feature: Feature, value: Any) -> Any:

@@ -38,6 +38,8 @@ def parse_features(
 def _features(described: Sequence[Any], types: Mapping[str, ValueType], role: str, fail: _Fail) -> list[Feature]:
     features: dict[str, Feature] = {}
     for proto in described:
+        if proto.name in features and role == "output":
+            continue  # coremltools describes a tensor that is returned twice so
         if proto.name in features:
             raise fail(f"{role} {proto.name!r} is described twice")
         if proto.name not in types:
@@ -53,21 +55,22 @@ def _feature(proto: Any, declared: ValueType, role: str, fail: _Fail) -> Feature
     kind = proto.type.WhichOneof("Type")
     optional = proto.type.isOptional
     if kind == "stateType":
-        return _tensor(proto.name, proto.type.stateType.arrayType, declared, optional, fail)
+        return _tensor(proto.name, proto.type.stateType.arrayType, declared, role, optional, fail)
     if kind == "imageType":
         return _image(proto.name, proto.type.imageType, declared, optional, fail)
     if kind == "multiArrayType":
-        return _tensor(proto.name, proto.type.multiArrayType, declared, optional, fail)
+        return _tensor(proto.name, proto.type.multiArrayType, declared, role, optional, fail)
     if kind in _CLASSIFIER and role == "output":
         return Feature(proto.name, declared.dtype, declared.shape, declared, kind=_CLASSIFIER[kind])
     raise fail(f"{role} {proto.name!r} is a {kind or 'feature without a type'}, which an ML Program does not take")
 
 
-def _tensor(name: str, array: Any, declared: ValueType, optional: bool, fail: _Fail) -> Feature:
+def _tensor(name: str, array: Any, declared: ValueType, role: str, optional: bool, fail: _Fail) -> Feature:
     if array.dataType not in _ARRAY_TYPES:
         raise fail(f"feature {name!r} has unknown data type {array.dataType}")
-    if not isinstance(declared, TensorType | StateType) or declared.dtype not in dtypes.DTYPES:
-        raise fail(f"feature {name!r} is an array, but {declared} in the program")
+    wanted = StateType if role == "state" else TensorType
+    if not isinstance(declared, wanted) or declared.dtype not in dtypes.DTYPES:
+        raise fail(f"{role} {name!r} is an array, but {declared} in the program")
     shape: Shape = tuple(array.shape) or declared.shape
     enumerated = tuple(tuple(s.shape) for s in array.enumeratedShapes.shapes)
     ranges = tuple(_range(r) for r in array.shapeRange.sizeRanges)

@@ -23,6 +23,7 @@ from distill.mil.limits import Limits, refusal
 # The cost of things in arithmetic operations.
 _CALL = 2**20  # any call, however small its tensors
 _ELEMENT = 32  # an element read or written
+_PIECE = 2**17  # one of the tensors that a call makes
 _SLOW_PRODUCT = 16  # a product of integers or doubles, which has no fast kernel
 _MOST_PIECES = 2**20
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # calls that are made of others
@@ -37,6 +38,10 @@ _PIECES = {
 }
 
 
+class OverLimit(PackageError):
+    """A refusal that does not say where: who catches it knows."""
+
+
 class Ledger:
     """Bytes that are held now: constants of a program, values of its runs. Tensors are followed until they die."""
 
@@ -46,12 +51,20 @@ class Ledger:
         self.costs: dict[Hashable, tuple[int, int]] = {}  # bytes and operations of instructions measured so far
 
     def hold(self, tensor: Tensor) -> None:
-        key = id(tensor)
-        if key not in self._known:
-            size = min(nbytes(tensor), tensor.untyped_storage().nbytes())
-            self._known.add(key)
-            self.held += size
-            weakref.finalize(tensor, self._release, key, size).atexit = False
+        if id(tensor) not in self._known:
+            self.follow(tensor, min(nbytes(tensor), tensor.untyped_storage().nbytes()))
+
+    def follow(self, thing: Any, size: int) -> None:
+        """Count `size` bytes until `thing` dies."""
+        self._known.add(id(thing))
+        self.held += size
+        weakref.finalize(thing, self._release, id(thing), size).atexit = False
+
+    def remember(self, key: Hashable, cost: tuple[int, int], most: int) -> None:
+        """At most `most` costs: the oldest goes, for shapes change with time."""
+        if len(self.costs) >= most and self.costs:
+            del self.costs[next(iter(self.costs))]
+        self.costs[key] = cost
 
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -77,16 +90,14 @@ class Guard(TorchDispatchMode):
     def spend(self, work: int) -> None:
         self.spent += work
         if self.spent > self.work:
-            raise PackageError(
-                f"more than {self.work:.1e} operations in one prediction (limits= of mil.load raises it)"
-            )
+            raise OverLimit(f"more than {self.work:.1e} operations in one prediction (limits= of mil.load raises it)")
 
     def admit(self, need: int) -> None:
         """Refuse what would hold `need` more bytes than allowed."""
         held = self.ledger.held + need
         self.peak = max(self.peak, held)
         if held > self.memory:
-            raise PackageError(refusal(held, self.memory))
+            raise OverLimit(refusal(held, self.memory))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,9 +106,11 @@ class Guard(TorchDispatchMode):
         self.admit(cost.memory)
         self.spend(cost.work)
         out = func(*args, **kwargs)
+        if isinstance(out, list | tuple):
+            self.spend(_PIECE * len(out))
         for tensor in tensors(out):
             if nbytes(tensor) > self.memory:  # a view that repeats its elements
-                raise PackageError(refusal(nbytes(tensor), self.memory))
+                raise OverLimit(refusal(nbytes(tensor), self.memory))
             self.ledger.hold(tensor)
         return out
 
@@ -161,7 +174,7 @@ def shadow(value: Any) -> Any:
 def foreseen(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Cost:
     """What a call will take, found by making it without data."""
     if func in _PIECES and _PIECES[func](args) > _MOST_PIECES:
-        raise PackageError(f"{_PIECES[func](args)} pieces of one tensor")
+        raise OverLimit(f"{_PIECES[func](args)} pieces of one tensor")
     common = plain(func, args)
     if common is not None:
         memory, elements, multiplications = common

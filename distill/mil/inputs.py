@@ -21,6 +21,8 @@ _INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 def check_inputs(program: Program, function: Function, given: Mapping[str, Any], policy: Policy) -> list[Tensor]:
     """The arguments in the order of function.inputs."""
     place = f"{program.path}: function {function.name}"
+    if not isinstance(given, Mapping):
+        raise InputError(f"{place} takes its inputs as a dictionary of arrays by name, not a {type(given).__name__}")
     names = [f.name for f in function.inputs]
     unknown = [str(n) for n in given if n not in names]
     if unknown:
@@ -43,11 +45,20 @@ def to_array(feature: Feature, value: Any, place: str) -> np.ndarray:
     if images.is_pil(value):
         return images.from_pil(feature, value, place)
     try:
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    except (ValueError, TypeError) as error:
+        array = from_torch(value) if isinstance(value, Tensor) else np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{place}: input {feature.name!r} is not an array: {error}") from error
     if array.dtype.kind not in "biuf":
         raise InputError(f"{place}: input {feature.name!r} is an array of {array.dtype}, not of numbers")
+    if array.dtype.itemsize > np.dtype(np.float64).itemsize:
+        return array.astype(np.float64)  # longdouble, which torch does not know
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def from_torch(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype is torch.bfloat16:  # which numpy does not know
+        tensor = tensor.float()
+    array: np.ndarray = tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
     return array
 
 
@@ -103,7 +114,7 @@ def to_tensor(feature: Feature, array: np.ndarray, policy: Policy, place: str) -
     dtype = feature.type.dtype
     if dtype in _INTEGERS and array.size:
         info = np.iinfo(dtype)
-        whole = array.dtype.kind != "f" or bool((np.isfinite(array) & (np.mod(array, 1) == 0)).all())
+        whole = array.dtype.kind != "f" or bool((np.isfinite(array) & (np.trunc(array) == array)).all())
         if not whole or array.min() < info.min or array.max() > info.max:
             bad = array.flat[0] if whole else next(v for v in array.flat if not float(v).is_integer())
             bad = array.max() if whole and array.max() > info.max else array.min() if whole else bad

@@ -54,15 +54,18 @@ def trace(
     state: State | None,
     policy: str | Policy,
 ) -> Iterator[Step]:
-    """Everything is checked now; the operations run as the iterator is consumed."""
+    """Everything is checked now; the operations run as the iterator is consumed. A state is read now and written
+    when the last operation has run.
+    """
     with torch.inference_mode():
-        plan, run, arguments = begin(program, program.function(function), inputs, state, policy)
+        own = None if state is None else state.copy()
+        plan, run, arguments = begin(program, program.function(function), inputs, own, policy)
     for slot, argument in zip(plan.inputs, arguments):
         run.values[slot] = argument
-    return steps(plan, run)
+    return steps(plan, run, state)
 
 
-def steps(plan: Plan, run: Run) -> Iterator[Step]:
+def steps(plan: Plan, run: Run, state: State | None) -> Iterator[Step]:
     for instruction in plan.instructions:
         with torch.inference_mode():
             plan.step(instruction, run, False)
@@ -70,6 +73,9 @@ def steps(plan: Plan, run: Run) -> Iterator[Step]:
         yield Step(instruction.op, {o.name: exported(run.values[slot]) for o, slot in outputs})
         for slot in instruction.frees:
             run.values[slot] = None
+    if state is not None and run.state is not None:
+        for name in state.names:
+            state.set(name, run.state.get(name))
 
 
 def begin(

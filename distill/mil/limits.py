@@ -15,8 +15,8 @@ class Limits(NamedTuple):
     """The fixed part of the limits of one prediction: `mil.load(path, limits=Limits(memory=...))`."""
 
     memory: int = 2**30  # bytes held at once, inputs and mapped files apart
-    work: int = 2**40  # arithmetic operations: about 20 seconds of two cores
-    iterations: int = 100_000  # of all loops together: seconds of empty ones
+    work: int = 2**40  # arithmetic operations; what else takes time counts as some: tens of seconds of any program
+    iterations: int = 100_000  # of all loops together; what is done in them is work
 
     def memory_for(self, size: int) -> int:
         """Bytes that files and inputs of `size` bytes allow, never more than the machine has."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -55,9 +56,13 @@ def share_states(instructions: Sequence[Instruction], inputs: Sequence[int], out
                 groups.join(_anchor(i), _PINNED)
     last = {slot: n for n, i in enumerate(instructions) for slot in (*i.writes, *i.used)}
     born = {slot: n for n, i in enumerate(instructions) for slot in i.writes}
+    accesses: dict[str, list[tuple[int, str]]] = {}
+    for n, i in enumerate(instructions):
+        if i.handler.name in STATE_OPS:
+            accesses.setdefault(_state(i), []).append((n, i.handler.name))
     for n, i in enumerate(instructions):
         if i.handler.name == "slice_update":
-            _try_in_place(n, i, instructions, groups, last, born)
+            _try_in_place(n, i, accesses, groups, last, born)
     for i in instructions:
         if i.handler.name == "write_state" and not _exclusive(i, groups):
             i.function = _write_copy
@@ -105,7 +110,7 @@ def _state(i: Instruction) -> str:
 def _try_in_place(
     n: int,
     i: Instruction,
-    instructions: Sequence[Instruction],
+    accesses: Mapping[str, Sequence[tuple[int, str]]],
     groups: _Groups,
     last: dict[int, int],
     born: dict[int, int],
@@ -118,16 +123,15 @@ def _try_in_place(
         return
     earlier = [m for m in members if type(m) is int and born.get(m, -1) < n]
     states = [m for m in members if type(m) is str]
-    if all(last.get(m, -1) <= n for m in earlier) and all(_next_is_write(instructions, n, s) for s in states):
+    if all(last.get(m, -1) <= n for m in earlier) and all(_next_is_write(accesses.get(s, ()), n) for s in states):
         i.in_place = update_in_place
         groups.join(i.writes[0], read["x"])
 
 
-def _next_is_write(instructions: Sequence[Instruction], n: int, state: str) -> bool:
-    for later in instructions[n + 1 :]:
-        if later.handler.name in STATE_OPS and _state(later) == state:
-            return later.handler.name != "read_state"
-    return False
+def _next_is_write(accesses: Sequence[tuple[int, str]], n: int) -> bool:
+    """Whether a state is written before it is read again; `accesses` are in order."""
+    later = bisect_right(accesses, n, key=lambda access: access[0])
+    return later < len(accesses) and accesses[later][1] != "read_state"
 
 
 def _exclusive(i: Instruction, groups: _Groups) -> bool:

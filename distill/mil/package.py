@@ -38,8 +38,14 @@ class Package:
     def __init__(self, path: Path, limits: Limits = DEFAULT) -> None:
         self.path = path
         self.limits = limits
-        if not path.exists():
-            raise PackageError(f"{path}: no such package")
+        try:
+            exists = path.exists()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a path"
+            raise PackageError(f"{clip(str(path))}: {reason}") from error
+        if not exists:
+            shown = str(path).encode(errors="backslashreplace").decode()  # a name that is no text
+            raise PackageError(f"{shown}: no such package")
         if not path.is_dir():
             raise PackageError(f"{path}: an .mlpackage is a folder, this is a file")
         if (path / PLACEHOLDER).exists():

@@ -263,12 +263,19 @@ class _Walker:
         what = immediate.WhichOneof("value")
         if what == "tensor" and isinstance(kind, TensorType):
             return self.tensor_value(proto, kind, place)
-        if what in ("list", "tuple"):
+        if what in ("list", "tuple") and not isinstance(kind, TensorType | StateType):
             return Value(kind, [self.value(v, place) for v in getattr(immediate, what).values])
         if what == "dictionary":
-            pairs = [(self.value(p.key, place), self.value(p.value, place)) for p in immediate.dictionary.values]
-            return Value(kind, {k.numpy().item() if k.numpy().size == 1 else str(k): v for k, v in pairs})
+            pairs = immediate.dictionary.values
+            return Value(kind, {self.key(p.key, place): self.value(p.value, place) for p in pairs})
         raise self.fail(place, f"a {what} value for type {kind}")
+
+    def key(self, proto: Any, place: _Place) -> Any:
+        """A key of a dictionary: one number or string."""
+        key = self.value(proto, place)
+        if not isinstance(key.type, TensorType) or key.type.count != 1:
+            raise self.fail(place, f"a key of type {key.type} in a dictionary")
+        return key.numpy().item()
 
     def tensor_value(self, proto: Any, kind: TensorType, place: _Place) -> Value:
         """An immediate tensor. Small ones are few and used everywhere: an axis, a flag, an epsilon."""

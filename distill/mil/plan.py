@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from distill.errors import DistillError, PackageError
+from distill.mil.dtypes import FLOATS
+from distill.mil.guard import OverLimit
 from distill.mil.ops.registry import Handler
 from distill.mil.ops.slicing import overwritten
-from distill.mil.policy import SMALLEST_NORMAL, Policy
+from distill.mil.policy import SMALLEST_NORMAL, Finding, Policy
 from distill.mil.program import Operation, TensorType
 from distill.mil.run import Run
-from distill.mil.values import RUNTIME
+from distill.mil.values import RUNTIME, overlaps
 
 # What a kernel raises when a package asks for something impossible.
 KERNEL_ERRORS = (
@@ -28,9 +30,11 @@ KERNEL_ERRORS = (
     TypeError,
     ValueError,
 )
-_MOST_NUMBERS = 2**20
+_MOST_NUMBERS = 2**12  # sizes, axes and the like; those of an image's boxes are the longest
 _MOST_TEXT = 1000
 _MOST_COSTS = 2**16
+# In arithmetic operations, what costs time that torch does not see.
+_STEP = 2**17  # an operation that does nothing
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Instruction:
     signature: Hashable = None  # what the cost depends on beside the operands; None: on data
     measured: Hashable = None  # the operands with which it ran last
     cost: int = 0
+    weight: int = _STEP  # what it costs beside its calls of torch
 
     def guarded(self, run: Run, may_overwrite: bool) -> None:
         """Run; under the guard if the cost is not known from this instruction or one like it. Nested blocks are
@@ -82,8 +87,7 @@ class Instruction:
             self.run(run, may_overwrite)
         if self.handler.by_shape or not guard.data_dependent:
             self.measured, self.cost = operands, guard.spent - before
-            if len(guard.ledger.costs) < _MOST_COSTS:
-                guard.ledger.costs[key] = max(0, guard.peak - held), self.cost
+            guard.ledger.remember(key, (max(0, guard.peak - held), self.cost), _MOST_COSTS)
 
     def operands(self, run: Run) -> Hashable:
         """Policy, and shape, layout and type of each tensor read; None where the cost depends on data."""
@@ -105,11 +109,11 @@ class Instruction:
             arguments[name] = values[slot] if convert is None else convert(values[slot])
         for name, parts, flatten in self.gathers:
             items = [values[part] if type(part) is int else part for part in parts]
-            arguments[name] = [n for item in items for n in numbers(item)] if flatten else items
+            arguments[name] = joined(items) if flatten else items
         if self.handler.wants_run:
             arguments["run"] = run
         function = self.function
-        if may_overwrite and self.in_place is not None:
+        if may_overwrite and self.in_place is not None and not overlaps(arguments["x"]):
             function = self.in_place
             part = overwritten(**arguments)
             run.undo.append((part, part.clone()))
@@ -123,7 +127,11 @@ class Instruction:
 
 def settle(value: Any, declared: Any, policy: Policy, handler: Handler, name: str) -> Any:
     """A result in its declared type: represented, rounded, and of the declared shape."""
-    if not isinstance(declared, TensorType) or not isinstance(value, Tensor):
+    if not isinstance(declared, TensorType):
+        return value
+    if not isinstance(value, Tensor):
+        if declared.dtype in FLOATS or not isinstance(value, int | str):  # those are a classifier's label
+            raise ValueError(f"the result is a {type(value).__name__}, declared is {declared}")
         return value
     if value.dtype is not RUNTIME[declared.dtype]:
         value = value.to(RUNTIME[declared.dtype])
@@ -153,6 +161,7 @@ class Plan:
     place: str
     size: int = 0
     owned: frozenset[int] = frozenset()  # positions of outputs in memory that nothing else keeps
+    findings: list[Finding] = field(default_factory=list)  # of its constants, under `strict`
 
     def execute(self, run: Run, arguments: Sequence[Any], may_overwrite: bool) -> list[Any]:
         if len(arguments) != len(self.inputs):
@@ -168,9 +177,11 @@ class Plan:
     def step(self, instruction: Instruction, run: Run, may_overwrite: bool) -> None:
         """One instruction; a failure says which operation, where, and with what."""
         try:
+            if run.guard is not None:
+                run.guard.spend(instruction.weight)
             instruction.guarded(run, may_overwrite)
         except KERNEL_ERRORS as error:
-            if instruction.bodies and isinstance(error, PackageError):
+            if instruction.bodies and isinstance(error, PackageError) and not isinstance(error, OverLimit):
                 raise  # from a nested block, which said where
             op = instruction.op
             what = ", ".join(f"{name} {shape_of(run.values[slot])}" for name, slot, _ in instruction.reads)
@@ -197,3 +208,13 @@ def numbers(value: Any) -> list[Any]:
             raise ValueError(f"a list of {value.numel()} numbers")
         return value.reshape(-1).tolist()
     return list(value) if isinstance(value, list) else [value]
+
+
+def joined(parts: Sequence[Any]) -> list[Any]:
+    """The elements of several values as one list."""
+    found: list[Any] = []
+    for part in parts:
+        found += numbers(part)
+        if len(found) > _MOST_NUMBERS:
+            raise ValueError(f"a list of {len(found)} numbers")
+    return found

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from distill.errors import PackageError, UnsupportedOpError
 from distill.mil.collection import paused
-from distill.mil.guard import Guard, Ledger, tensors
+from distill.mil.guard import Guard, Ledger, OverLimit, tensors
 from distill.mil.liveness import STATE_OPS, free_dead, owned_outputs, share_states
 from distill.mil.ops.registry import TABLE, UNCONVERTED, Handler, Parameter
-from distill.mil.plan import KERNEL_ERRORS, Instruction, Plan, first_line, numbers, settle
-from distill.mil.policy import Fp32, Policy
-from distill.mil.program import Binding, Block, Function, Operation, Program, TensorType, Value
-from distill.mil.run import Body, Run
-from distill.mil.values import constant
+from distill.mil.plan import KERNEL_ERRORS, Instruction, Plan, first_line, joined, numbers, settle
+from distill.mil.policy import Fp32, Policy, Strict
+from distill.mil.program import Binding, Block, Function, Operation, Program, TensorType, Value, ValueType
+from distill.mil.run import VALUE, Body, Run
+from distill.mil.signature import signature, used_slots
+from distill.mil.values import RUNTIME, constant
 
 
 def single(value: Any) -> Any:
@@ -30,6 +31,7 @@ def single(value: Any) -> Any:
 # Inputs that an operator may take in fp16, since it only picks elements: an embedding stays in the weight file.
 _STORED = frozenset({("gather", "x")})
 _WIDEST = 8  # bytes an element takes at most
+_NUMBER = 40  # bytes of a Python number in a list
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     "int": lambda v: int(single(v)),
@@ -41,13 +43,18 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 
 def prepare(program: Program, function: Function, policy: Policy) -> Plan:
     """The plan of a function, made on first use and kept with the program."""
-    key = ("plan", function.name, policy.rounds)
+    key = ("plan", function.name, policy.rounds, policy.records)
     if key not in program.cache:
         check_operators(program, function)
         with torch.inference_mode(), paused():
-            program.cache[key] = Planner(program, function, policy).top()
-    plan: Plan = program.cache[key]
-    return plan
+            plan = Planner(program, function, policy).top()
+        plan.findings = policy.findings if isinstance(policy, Strict) else []
+        program.cache[key] = plan
+    elif isinstance(policy, Strict):
+        for finding in program.cache[key].findings:
+            policy.add(finding)
+    made: Plan = program.cache[key]
+    return made
 
 
 def ledger(program: Program) -> Ledger:
@@ -111,11 +118,14 @@ class Planner:
                     self.constexpr(op, known, place)
                 else:
                     instructions.append(self.instruction(op, known, slots, place))
-            except PackageError:
-                raise
             except KERNEL_ERRORS as error:
+                if isinstance(error, PackageError) and not isinstance(error, OverLimit):
+                    raise  # which says where
                 raise PackageError(f"{place}: {op.type} {op.output_name!r}: {first_line(error)}") from error
-        outputs = [slots[n] if n in slots else self.decoded(known[n]) for n in block.outputs]
+        try:
+            outputs = [slots[n] if n in slots else self.decoded(known[n]) for n in block.outputs]
+        except OverLimit as error:
+            raise PackageError(f"{place}: block outputs: {error}") from error
         plan = Plan(instructions, inputs, outputs, place)
         free_dead(plan.instructions, inputs, [o for o in outputs if type(o) is int])
         return plan
@@ -144,6 +154,7 @@ class Planner:
             raise PackageError(f"{where}: input 'input' is not a state")
         made.writes = [self.slot() for _ in op.outputs]
         slots.update({o.name: slot for o, slot in zip(op.outputs, made.writes)})
+        made.weight += VALUE * (len(made.writes) + sum(len(parts) for _, parts, _ in made.gathers))
         made.used = used_slots(made)
         made.signature = signature(made)
         return made
@@ -195,7 +206,10 @@ class Planner:
         convert = _CONVERT[parameter.kind]
         try:
             if parameter.many:
-                return [convert(n) for part in parts for n in numbers(part)]
+                made = [convert(n) for n in joined(parts)]
+                ledger(self.program).held += _NUMBER * len(made)  # kept with the plan
+                self.guard.admit(0)
+                return made
             return convert(parts[0])
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise PackageError(f"{where}: expected one {parameter.kind}: {error}") from error
@@ -255,8 +269,9 @@ class Planner:
             tuple((n, identity(v)) for n, v in sorted(operands.items())),
             tuple(o.type for o in op.outputs),
         )
-        if key not in self.program.cache:
-            results = self.program.cache[key] = self.evaluate(op, handler, operands, where)
+        if key not in self.program.cache or self.policy.records:  # what is on record depends on the policy alone
+            results = self.evaluate(op, handler, operands, where)
+            results = self.program.cache.setdefault(key, results)
             for tensor in tensors(results):
                 ledger(self.program).hold(tensor)
         for index, (output, value) in enumerate(zip(op.outputs, self.program.cache[key])):
@@ -265,12 +280,15 @@ class Planner:
     def evaluate(self, op: Operation, handler: Handler, operands: dict[str, Any], where: str) -> list[Any]:
         arguments = {}
         for name, value in operands.items():
+            if isinstance(value, Value):
+                self.guard.admit(memory(value.type))
             raw = constant(value) if isinstance(value, Value) else self.decoded(value)
             arguments[name] = self.fixed([raw], handler.parameters[name], f"{where}: input {name!r}")
         if handler.wants_run:
             half = any(isinstance(o.type, TensorType) and o.type.dtype == "fp16" for o in op.outputs)
-            arguments["run"] = Run(self.policy if half else Fp32(), None)
+            arguments["run"] = Run(self.policy if half else Fp32(), None, guard=self.guard)
         try:
+            self.guard.admit(sum(memory(o.type) for o in op.outputs))  # the guard does not see numpy
             with self.guard:
                 result = handler.function(**arguments)
                 results = result if isinstance(result, tuple) else (result,)
@@ -303,37 +321,12 @@ def identity(value: Any) -> Hashable:
     return str(value)
 
 
+def memory(kind: ValueType) -> int:
+    """Bytes of a decoded constant, as far as its type tells."""
+    if not isinstance(kind, TensorType) or kind.dtype not in RUNTIME:
+        return 0
+    return RUNTIME[kind.dtype].itemsize * (kind.count or 0)
+
+
 def body(plan: Plan) -> Body:
     return lambda run, arguments: plan.execute(run, arguments, False)
-
-
-def used_slots(made: Instruction) -> list[int]:
-    """Slots that an instruction reads, inside its nested blocks too; each once, in the order of the parameters."""
-    used = [slot for _, slot, _ in made.reads]
-    used += [p for _, parts, _ in made.gathers for p in parts if type(p) is int]
-    for plan in made.bodies:
-        used += [s for instruction in plan.instructions for s in instruction.used]
-        used += [o for o in plan.outputs if type(o) is int]
-    return list(dict.fromkeys(used))
-
-
-def signature(made: Instruction) -> Hashable:
-    """Equal for instructions that do the same with operands of the same shapes; None where values decide."""
-    numbers_read = any(r[2] is not None for r in made.reads) or any(g[2] for g in made.gathers)
-    if made.bodies or (numbers_read and not made.handler.by_shape):
-        return None
-    slots = {slot: n for n, slot in enumerate(made.used)}
-    reads = tuple((name, slots[slot]) for name, slot, _ in made.reads)
-    gathers = tuple((n, tuple(slots[p] if type(p) is int else shape(p) for p in parts)) for n, parts, _ in made.gathers)
-    fixed = tuple((name, shape(value)) for name, value in made.fixed.items())
-    outputs = tuple((o.type.dtype, o.type.shape) for o in made.op.outputs)
-    return made.op.type, reads, gathers, fixed, outputs
-
-
-def shape(value: Any) -> Hashable:
-    """What the cost of working with a constant depends on: a tensor's shape, anything else itself."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, list):
-        return tuple(shape(item) for item in value)
-    return type(value), repr(value)

@@ -9,6 +9,7 @@ None of them claims to be bit-exact with a chip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.errors import InputError
+from distill.mil.program import POLICIES
 
 SMALLEST_NORMAL = {"fp16": 2.0**-14, "bf16": 2.0**-126, "fp32": 2.0**-126, "fp64": 2.0**-1022}
 _BLOCK = 32
@@ -82,7 +84,7 @@ class Policy:
         return torch.softmax(x, axis)
 
     def logsumexp(self, x: Tensor, axes: Sequence[int], keep: bool) -> Tensor:
-        return torch.logsumexp(x, list(axes), keepdim=keep)
+        return torch.logsumexp(x, list(axes), keepdim=keep) if axes else x
 
     def report(self, kind: str, op_type: str, name: str, count: int, size: int) -> None:
         """A remark from a handler; only `strict` keeps it."""
@@ -138,7 +140,7 @@ class Acc16(Policy):
             return super().sum(x, axes, keep)
         dims = sorted(a % x.dim() for a in axes)
         rest = [d for d in range(x.dim()) if d not in dims]
-        flat = x.permute(*rest, *dims).reshape([x.shape[d] for d in rest] + [-1])
+        flat = x.permute(*rest, *dims).reshape([*(x.shape[d] for d in rest), math.prod(x.shape[d] for d in dims)])
         total = torch.zeros(flat.shape[:-1])
         for part in flat.split(_BLOCK, -1):
             total = round16(total + round16(part.sum(-1)))
@@ -201,7 +203,7 @@ class Strict(Policy):
         self._found[key] = new
 
 
-_POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Policy, Fp32, Acc16, Strict)}
+_POLICIES: dict[str, type[Policy]] = dict(zip(POLICIES, (Policy, Fp32, Acc16, Strict), strict=True))
 
 
 def make_policy(name: str) -> Policy:

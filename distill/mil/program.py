@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distill.mil.state import State
 
 Shape = tuple[int | None, ...]
+POLICIES = ("ieee16", "fp32", "acc16", "strict")  # how results are rounded (policy.py)
 
 
 @dataclass(frozen=True, slots=True)

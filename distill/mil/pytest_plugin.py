@@ -7,14 +7,15 @@ skipped with the reason: it is not counted as passed.
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from distill.mil import coreml_proxy
 from distill.mil.coreml_proxy import MLModelProxy
+from distill.mil.program import POLICIES
 
-_POLICIES = ("ieee16", "fp32", "acc16", "strict")
+_COUNT = "distill_mil_predictions"
 
 
 def skip(reason: str) -> NoReturn:
@@ -27,7 +28,7 @@ coreml_proxy.install(on_refusal=skip)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("distill.mil")
-    group.addoption("--mil-policy", choices=_POLICIES, default="ieee16", help="numeric policy of the predictions")
+    group.addoption("--mil-policy", choices=POLICIES, default="ieee16", help="numeric policy of the predictions")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +39,18 @@ def pytest_report_header() -> str:
     if sys.platform == "darwin":
         return "Core ML: this system's own"
     return f"Core ML: distill.mil, policy {MLModelProxy.policy}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist tells its controller."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_COUNT] = MLModelProxy.predictions
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    MLModelProxy.predictions += getattr(node, "workeroutput", {}).get(_COUNT, 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

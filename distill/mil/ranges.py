@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.mil.dtypes import FLOATS
-from distill.mil.program import Function, NamedType, Program
+from distill.mil.program import Function, NamedType, Program, TensorType
 
 if TYPE_CHECKING:
     from distill.mil.policy import Policy
@@ -24,27 +24,29 @@ LARGEST16 = 65504.0
 
 @dataclass(slots=True)
 class Range:
-    """One value, as it was seen. Extremes are over finite elements; `op_type` is 'input' for a function's input."""
+    """One value, as it was seen; `op_type` is 'input' for a function's input. Extremes are over finite elements, NaN
+    where there was none.
+    """
 
     name: str
     op_type: str
     dtype: str
-    min: float = math.inf
-    max: float = -math.inf
-    smallest: float = math.inf  # least magnitude that is not zero
+    min: float = math.nan
+    max: float = math.nan
+    smallest: float = math.nan  # least magnitude that is not zero
     nonfinite: int = 0  # elements that were infinite or NaN
     count: int = 0  # elements seen
 
     @property
     def max_abs(self) -> float:
-        return max(abs(self.min), abs(self.max)) if self.min <= self.max else 0.0
+        return max(abs(self.min), abs(self.max))
 
     @property
     def headroom(self) -> float:
         """65504 over the largest magnitude: below 1 it does not fit fp16. 0 where something was not finite."""
         if self.nonfinite:
             return 0.0
-        return LARGEST16 / self.max_abs if self.max_abs else math.inf
+        return LARGEST16 / self.max_abs if self.max_abs > 0 else math.inf
 
     @property
     def headroom_bits(self) -> float:
@@ -58,10 +60,10 @@ class Range:
         self.nonfinite += array.size - finite.size
         if not finite.size:
             return
-        self.min, self.max = min(self.min, float(finite.min())), max(self.max, float(finite.max()))
+        self.min, self.max = float(np.fmin(self.min, finite.min())), float(np.fmax(self.max, finite.max()))
         magnitude = np.abs(finite[finite != 0])
         if magnitude.size:
-            self.smallest = min(self.smallest, float(magnitude.min()))
+            self.smallest = float(np.fmin(self.smallest, magnitude.min()))
 
 
 def observe(
@@ -93,4 +95,5 @@ def observe(
 
 
 def _declared(function: Function) -> dict[str, NamedType]:
-    return {out.name: out for op in function.block.operations for out in op.outputs if out.dtype in FLOATS}
+    outputs = (out for op in function.block.operations for out in op.outputs)
+    return {out.name: out for out in outputs if isinstance(out.type, TensorType) and out.dtype in FLOATS}

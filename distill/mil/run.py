@@ -13,6 +13,8 @@ from distill.mil.limits import DEFAULT
 from distill.mil.policy import Policy
 from distill.mil.state import State
 
+VALUE = 2**14  # what handing on one value costs, in arithmetic operations
+
 
 @dataclass(slots=True)
 class Run:
@@ -21,7 +23,7 @@ class Run:
     policy: Policy
     state: State | None
     values: list[Any] = field(default_factory=list)
-    guard: Guard | None = None  # measures what operators take; None while constants are made, under a guard
+    guard: Guard | None = None  # measures what operators take
     iterations: int = DEFAULT.iterations  # that loops may still make
     undo: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # parts of states overwritten: what they held
 
@@ -34,10 +36,20 @@ class Run:
                 self.state.set(name, tensor)
 
     def spend(self, iterations: int) -> None:
-        """Loop iterations, or work of their size; a hostile package must not loop for ever."""
+        """Loop iterations; a hostile package must not loop for ever."""
         self.iterations -= iterations
         if self.iterations < 0:
             raise ValueError("too many loop iterations in one prediction (limits= of mil.load allows more)")
+
+    def work(self, operations: int) -> None:
+        """Charge for what is done outside torch."""
+        if self.guard is not None:
+            self.guard.spend(operations)
+
+    def reserve(self, memory: int) -> None:
+        """Ask for bytes that are taken outside torch, before they are."""
+        if self.guard is not None:
+            self.guard.admit(memory)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that outlives the values of the plan: a loop may put many into a list."""

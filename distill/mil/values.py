@@ -45,7 +45,7 @@ _WRAP = {"uint16": 0xFFFF, "uint32": 0xFFFFFFFF}
 def from_numpy(array: np.ndarray, dtype: str) -> Tensor:
     """A runtime tensor of MIL type `dtype`; shares memory where the representation allows."""
     if array.dtype in (np.uint16, np.uint32, np.uint64):
-        array = array.astype(np.int64)
+        array = array.astype(np.float64 if RUNTIME[dtype].is_floating_point else np.int64)
     return torch.from_numpy(np.ascontiguousarray(array)).to(RUNTIME[dtype]).reshape(array.shape)
 
 
@@ -70,6 +70,16 @@ def to_dtype(x: Tensor, dtype: str) -> Tensor:
     if x.is_floating_point() and name in ("int8", "uint8", "int16"):
         return x.long().to(RUNTIME[name])  # through an integer: float to a narrow type is undefined in C
     return x.to(RUNTIME[name])
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether elements of `x` share memory with one another, as those of an expanded tensor do."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
 
 
 def check_size(shape: Sequence[int]) -> list[int]:

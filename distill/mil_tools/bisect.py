@@ -23,8 +23,9 @@ from distill import mil
 from distill.errors import InputError
 from distill.mil import Function, Operation, Program
 from distill.mil_tools import feeds
-from distill.mil_tools.compare import Difference, Tolerance, as_array, compare
+from distill.mil_tools.compare import Difference, Tolerance, compare
 from distill.mil_tools.diff import add_tolerance, tolerance_of
+from distill.mil_tools.outputs import pair, scores
 from distill.mil_tools.tables import plain, printable, table
 
 TOLERANCE = Tolerance(1e-5, 2e-3)
@@ -69,6 +70,13 @@ class Report:
     first: Point | None
     suspects: list[Operation]
     tolerance: Tolerance
+    alone: list[str] = field(default_factory=list)
+    """Outputs without a partner, in words."""
+
+    @property
+    def compared(self) -> list[Point]:
+        """The points that say something."""
+        return [p for p in [*self.points, *self.outputs] if p.status != "not found" and p.difference is not None]
 
 
 def bisect(
@@ -83,15 +91,25 @@ def bisect(
     tolerance: Tolerance = TOLERANCE,
     state: Any = None,
 ) -> Report:
-    """Compare a module's tensors, in the order that it computes them, with a package's values."""
+    """Compare a module's tensors, in the order that it computes them, with a package's values.
+
+    InputError where nothing could be compared.
+    """
     chosen = program.function(function)
     known = known or {}
     inner = [Point(n, a, known.get(n), n in known, norm=_norm(a)) for n, a in points]
     inner = [p for p in inner if p.given or (p.array.size > 1 and 0 < p.norm < math.inf)]
-    ends = pair_outputs(chosen, outputs)
+    pairing = pair(chosen, outputs)
+    ends = [Point(f"output {name}", array, name, True) for name, array in pairing.pairs]
+    made = {out.name for op in chosen.block.operations for out in op.outputs}
+    if any(point.value not in made for point in ends):  # an input or a constant: no operation's, so not in the trace
+        results = program.predict(inputs, function, state.copy() if state else None, policy)
+        for point in ends:
+            if point.value not in made:
+                point.offer(str(point.value), scores(results[str(point.value)]), math.nan, tolerance)
     for step in program.trace(inputs, function, state, policy):
         for name, value in step.outputs.items():
-            found = as_array(value)
+            found = scores(value)
             norm = _norm(found)
             for point in _candidates(inner, name, found):
                 point.offer(name, found, norm, tolerance)
@@ -101,7 +119,14 @@ def bisect(
     missing = [p for p in inner if p.given and p.difference is None]
     if missing:
         raise InputError(f"{program.path}: computes no value {missing[0].value!r} (point {missing[0].name})")
-    return judge(chosen, inner, ends, tolerance)
+    report = judge(chosen, inner, ends, tolerance)
+    report.alone = pairing.alone
+    if not report.compared:
+        raise InputError(
+            f"{program.path}: nothing could be compared: none of the module's {len(points)} points was found, and none "
+            f"of its {len(outputs)} outputs has a partner among {', '.join(f.name for f in chosen.outputs)}"
+        )
+    return report
 
 
 def _norm(array: np.ndarray) -> float:
@@ -115,15 +140,6 @@ def _candidates(points: list[Point], name: str, found: np.ndarray) -> Iterable[P
                 yield point
         elif found.dtype.kind == "f" and found.size == point.array.size:
             yield point
-
-
-def pair_outputs(function: Function, outputs: list[tuple[str, np.ndarray]]) -> list[Point]:
-    """The module's outputs with the package's: by name (of a dictionary), else by position."""
-    names = [f.name for f in function.outputs if f.type.dtype in ("fp16", "fp32")]
-    labels = [label.removeprefix("output.") for label, _ in outputs]
-    if not set(labels) <= set(names):
-        labels = names if len(names) >= len(outputs) else []
-    return [Point(f"output {name}", array, name, True) for name, (_, array) in zip(labels, outputs)]
 
 
 def judge(function: Function, inner: list[Point], ends: list[Point], tolerance: Tolerance) -> Report:
@@ -236,16 +252,20 @@ def render(report: Report) -> str:
             p.difference.excess,
             p.difference.note,
         )
-        for p in [*report.points, *report.outputs]
-        if p.status != "not found" and p.difference is not None
+        for p in report.compared
+        if p.difference is not None
     ]
     lines = [
         table(("point", "", "value", "max error", "relative", "of allowed", ""), rows),
         f"{len(rows)} points compared; {lost} not found: fused away, or further off than {_RELATED:.0%}",
         f"tolerance: {report.tolerance}",
+        *(printable(f"not compared: {what}") for what in report.alone),
     ]
     if report.first is None:
-        return "\n".join([*lines, "equal: nothing that was compared diverges"])
+        both = sum(bool(p.difference and p.difference.both_nan) for p in report.compared)
+        but = [f"{both} points are NaN on both sides"] if both else []
+        but += [f"{len(report.alone)} outputs have no partner"] if report.alone else []
+        return "\n".join([*lines, "equal: nothing that was compared diverges" + "".join(f"; but {b}" for b in but)])
     lines.append(printable(f"first point to diverge: {report.first.name} (value {report.first.value!r})"))
     lines.append(f"{len(report.suspects)} operations between it and the points that agree:")
     lines += [printable(f"  {op.type} {op.output_name!r}") for op in report.suspects[:_SUSPECTS]]
@@ -260,6 +280,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "equal": report.first is None,
         "first": report.first.name if report.first else None,
         "suspects": [{"operator": op.type, "value": op.output_name} for op in report.suspects],
+        "not_compared": report.alone,
         "tolerance": report.tolerance._asdict(),
         "points": [
             {"name": p.name, "status": p.status, "value": p.value}
@@ -279,7 +300,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="package.module:callable or file.py:callable, a torch.nn.Module or what returns one; or a TorchScript "
         "file, which is code: only with --sha256, or with the contract of `distill export` beside it. Pickled modules "
-        "and .pt2 files are refused, since reading one can run anything",
+        "and .pt2 files are refused, since reading one can run anything. An image reaches the module as floats "
+        "(1, C, H, W) from 0 to 255: it applies the package's scale and bias itself",
     )
     parser.add_argument("--sha256", metavar="HEX", help="the TorchScript file that you trust")
     parser.add_argument(
@@ -307,7 +329,7 @@ def run(args: argparse.Namespace) -> int:
     module = torch_points.load_module(args.module, args.sha256)
     if any(out.dtype == "fp16" for op in function.block.operations for out in op.outputs):
         torch_points.round_to_half(module)
-    found = torch_points.record(args.module, module, inputs)
+    found = torch_points.record(args.module, module, feeds.as_program_sees(program, function, inputs))
     given = parse_points(args.points)
     names = {name for name, _ in found.inner}
     if unknown := sorted(given.keys() - names):

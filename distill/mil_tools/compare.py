@@ -32,6 +32,8 @@ class Difference(NamedTuple):
     excess: float
     """The largest error in units of what is allowed: at most 1 agrees. NaN: the shapes cannot be compared."""
     note: str = ""
+    both_nan: int = 0
+    """Elements that are NaN on both sides, which counts as equal."""
 
     @property
     def agrees(self) -> bool:
@@ -53,6 +55,8 @@ def as_array(value: Any) -> np.ndarray:
 
 def compare(one: Any, other: Any, tolerance: Tolerance) -> Difference:
     """Compare two values; a layout that differs by a permutation or by dimensions of 1 is no difference."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() != other.keys():
+        return Difference(math.inf, math.inf, math.inf, "other labels")
     reference, found = as_array(one), as_array(other)
     aligned, note = align(reference, found)
     if aligned is None:
@@ -69,23 +73,25 @@ def _numbers(reference: np.ndarray, found: np.ndarray, tolerance: Tolerance, not
         return Difference(0.0, 0.0, 0.0, note)
     exact = reference.dtype.kind != "f" and found.dtype.kind != "f"
     a, b = reference.astype(np.float64), found.astype(np.float64)
-    equal = (a == b) | (np.isnan(a) & np.isnan(b))
+    nan = np.isnan(a) & np.isnan(b)
+    equal, both = (a == b) | nan, int(nan.sum())
+    note = "; ".join(part for part in (note, f"NaN in both: {both} of {a.size}" if both else "") if part)
     finite = np.isfinite(a) & np.isfinite(b)
     if not (equal | finite).all():
-        return Difference(math.inf, math.inf, math.inf, note or "infinite or NaN on one side only")
+        return Difference(math.inf, math.inf, math.inf, note or "infinite or NaN on one side only", both)
     a, b = np.where(finite, a, 0), np.where(finite, b, 0)
     error = np.abs(a - b)
     norm = float(np.linalg.norm(a))
     top = float(error.max())
     relative = float(np.linalg.norm(error)) / norm if norm else (math.inf if top else 0.0)
     if top == 0:
-        return Difference(0.0, 0.0, 0.0, note)
+        return Difference(0.0, 0.0, 0.0, note, both)
     if exact:
-        return Difference(top, relative, math.inf, note)
+        return Difference(top, relative, math.inf, note, both)
     allowed = tolerance.atol + tolerance.rtol * (np.abs(a) + norm / math.sqrt(a.size))
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.where(error > 0, error / allowed, 0)
-    return Difference(top, relative, float(excess.max()), note)
+    return Difference(top, relative, float(excess.max()), note, both)
 
 
 def align(reference: np.ndarray, found: np.ndarray) -> tuple[np.ndarray | None, str]:

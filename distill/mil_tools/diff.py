@@ -229,7 +229,7 @@ def _same_shape(one: Any, other: Any, tolerance: Tolerance) -> Difference:
     a, b = as_array(one), as_array(other)
     if a.shape != b.shape:
         return Difference(math.nan, math.nan, math.nan, f"shapes {list(a.shape)} and {list(b.shape)}")
-    return compare(a, b, tolerance)
+    return compare(one, other, tolerance)
 
 
 def _state_rows(states: tuple[State | None, State | None], tolerance: Tolerance) -> list[Row]:
@@ -269,12 +269,14 @@ def render(report: Report, top: int) -> str:
 def verdict(report: Report) -> list[str]:
     """Which operation or output diverges first, in one line, and in which constants it differs."""
     row = report.first
+    both = [r for r in report.rows if r.difference.both_nan]
+    nan = [printable(f"NaN on both sides in {len(both)} values, the first {both[0].value!r}")] if both else []
     if row is None:
-        return ["equal: nothing that was compared diverges"]
+        return [*nan, "equal: nothing that was compared diverges" + ("; but NaN is no result" if both else "")]
     what = f"{row.op_type} {row.value!r}" if row.found_by in ("name", "structure") else f"{row.found_by} {row.value!r}"
     partner = "" if row.partner == row.value else f" (there {row.partner!r})"
     size = row.difference.note or f"relative {row.difference.relative:.3g}, its inputs {row.inherited:.3g}"
-    lines = [printable(f"first to diverge: {what}{partner}: {size}")]
+    lines = [*nan, printable(f"first to diverge: {what}{partner}: {size}")]
     lines += [printable(f"  {cause}") for cause in report.causes]
     agree = "agree" if report.outputs_agree else "differ"
     return [*lines, f"different: the outputs {agree}"]

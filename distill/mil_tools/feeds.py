@@ -17,6 +17,7 @@ from distill.artifacts import atomic_file, require_regular
 from distill.errors import InputError, describe_os_error
 from distill.mil import Binding, Feature, Function, Operation, Program
 from distill.mil.limits import DEFAULT
+from distill.mil.program import POLICIES
 
 if TYPE_CHECKING:
     from distill.mil.state import State
@@ -38,13 +39,14 @@ def add_flags(parser: argparse.ArgumentParser, *, policy: str, seed: int | None)
         "input_ids=1,2,3, which take the input's shape; FILE.npz alone gives every input in it. May be repeated",
     )
     parser.add_argument("--function", metavar="F", help="entry point of a multifunction package (default: its default)")
-    parser.add_argument("--policy", default=policy, help=f"ieee16, fp32, acc16 or strict (default: {policy})")
+    parser.add_argument("--policy", default=policy, help=f"{', '.join(POLICIES)} (default: {policy})")
     parser.add_argument(
         "--seed",
         type=int,
         default=seed,
         metavar="N",
-        help="random values for the inputs not given: normal floats, integers within the table that they index "
+        help="random values for the inputs not given: normal floats, integers within the table that they index, "
+        "0 to 255 for the pixels of an image "
         + (f"(default: {seed})" if seed is not None else "(default: none; every input must be given)"),
     )
     parser.add_argument(
@@ -54,11 +56,29 @@ def add_flags(parser: argparse.ArgumentParser, *, policy: str, seed: int | None)
 
 def collect(args: argparse.Namespace, function: Function) -> dict[str, Any]:
     """The inputs that the flags describe. What is drawn at random is told on stderr."""
+    if args.seed is not None and args.seed < 0:
+        raise InputError(f"--seed must not be negative, not {args.seed}")
     given = parse_inputs(args.input, function)
     if args.seed is None:
         return given
     drawn = draw(function, given, args.seed)
     return given | drawn
+
+
+def as_program_sees(program: Program, function: Function, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Checked, an image as (1, C, H, W), numbers of the kind that the program takes."""
+    from distill.mil.inputs import check_shape, to_array  # loads torch
+
+    place, out = f"{program.path}: function {function.name}", {}
+    for feature in function.inputs:
+        if feature.name in inputs:
+            array = to_array(feature, inputs[feature.name], place)
+            check_shape(feature, array, place)
+            kind = "i" if feature.type.dtype.startswith(("int", "uint")) else "f"
+            if array.dtype.kind != kind and feature.type.dtype != "bool":
+                array = array.astype(np.int64 if kind == "i" else np.float32)
+            out[feature.name] = array
+    return out
 
 
 def parse_inputs(specs: list[str], function: Function) -> dict[str, Any]:
@@ -89,16 +109,23 @@ def _value(feature: Feature, text: str, spec: str) -> Any:
     except (ValueError, OverflowError):
         pass
     else:
-        return _shaped(feature, numbers)
+        return shaped(feature, numbers)
     path = Path(text)
     if feature.kind == "image" and path.suffix not in (".npy", ".npz"):
         return _read_image(path)
+    if path.is_file() and path.stat().st_size and not _holds_arrays(path):
+        raise InputError(f"--input {spec}: {feature.name} takes an array, and {path} is neither .npy nor .npz")
     arrays = _read_arrays(path)
     if feature.name in arrays:
         return arrays[feature.name]
     if len(arrays) != 1:
         raise InputError(f"--input {spec}: {path} holds {', '.join(arrays) or 'nothing'}, none called {feature.name}")
     return next(iter(arrays.values()))
+
+
+def _holds_arrays(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(6).startswith((b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06"))
 
 
 def _read_image(path: Path) -> Any:
@@ -117,7 +144,7 @@ def _is_float(text: str) -> bool:
     return any(c in text.lower() for c in ".en")  # 1.5, 1e-3, nan, inf
 
 
-def _shaped(feature: Feature, numbers: np.ndarray) -> np.ndarray:
+def shaped(feature: Feature, numbers: np.ndarray) -> np.ndarray:
     """Numbers in the one shape of the input that holds as many; unchanged where there is none, or a choice."""
     shapes: list[tuple[int, ...]] = [tuple(s) for s in feature.enumerated]
     if not shapes and feature.ranges:
@@ -158,7 +185,9 @@ def draw(function: Function, given: Mapping[str, Any], seed: int) -> dict[str, n
         shape = _shape_for(feature, function, given)
         if 8 * math.prod(shape) > DEFAULT.memory:
             raise InputError(f"input {feature.name!r} of shape {list(shape)} is too large to be drawn at random")
-        if feature.type.dtype.startswith(("int", "uint")):
+        if feature.kind == "image" and feature.color != "GRAYSCALE_FLOAT16":
+            out[feature.name], what = random.integers(0, 256, shape), "integers below 256"
+        elif feature.type.dtype.startswith(("int", "uint")):
             limit = index_limit(function, feature.name)
             out[feature.name], what = random.integers(0, limit, shape), f"integers below {limit}"
         elif feature.type.dtype == "bool":

@@ -11,6 +11,7 @@ from typing import Any
 from distill import mil
 from distill.mil import Binding, Feature, Function, Operation, Program, TensorType, Value
 from distill.mil.dtypes import DTYPES, packed_size
+from distill.mil_tools.outputs import class_labels
 from distill.mil_tools.tables import plain, printable, size, table
 
 TARGETS = {
@@ -47,7 +48,9 @@ def _function(function: Function) -> dict[str, Any]:
     return {
         "opset": function.opset,
         "inputs": [_feature(f) for f in function.inputs],
-        "outputs": [_feature(f) for f in function.outputs],
+        "outputs": [
+            _feature(f) | ({"labels": class_labels(function)} if f.kind == "label" else {}) for f in function.outputs
+        ],
         "states": [_feature(f) for f in function.states],
         "operators": dict(sorted(types.items(), key=lambda item: (-item[1], item[0]))),
     }
@@ -57,6 +60,8 @@ def _feature(feature: Feature) -> dict[str, Any]:
     out: dict[str, Any] = {"name": feature.name, "dtype": feature.dtype, "shape": list(feature.shape)}
     if feature.kind != "tensor":
         out["kind"] = feature.kind
+    if feature.color:
+        out["color"] = feature.color
     if feature.enumerated:
         out["enumerated"] = [list(shape) for shape in feature.enumerated]
     if feature.ranges:
@@ -165,7 +170,7 @@ def render(found: dict[str, Any]) -> str:
         mark = " (default)" if name == found["default_function"] and len(found["functions"]) > 1 else ""
         lines += ["", f"function {printable(name)}{mark}, opset {function['opset']}"]
         rows = [
-            (role, f["name"], f"{f['dtype']}[{_dims(f['shape'])}]", _allowed(f))
+            (role, f["name"], _type(f), _allowed(f))
             for role in ("input", "output", "state")
             for f in function[f"{role}s"]
         ]
@@ -179,6 +184,13 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _type(feature: dict[str, Any]) -> str:
+    if feature.get("kind") == "probabilities":
+        return "label to number"
+    shape = "" if feature.get("kind") == "label" else f"[{_dims(feature['shape'])}]"
+    return f"{feature['dtype']}{shape}"
+
+
 def _dims(shape: list[int | None]) -> str:
     return ", ".join("?" if n is None else str(n) for n in shape)
 
@@ -186,7 +198,9 @@ def _dims(shape: list[int | None]) -> str:
 def _allowed(feature: dict[str, Any]) -> str:
     notes = []
     if feature.get("kind"):
-        notes.append(feature["kind"])
+        notes.append(f"{feature['color']} image" if feature.get("color") else feature["kind"])
+    if feature.get("labels"):
+        notes[-1] = f"{len(feature['labels'])} labels: {_short(', '.join(map(str, feature['labels'])))}"
     if feature.get("enumerated"):
         notes.append(" or ".join(f"[{_dims(shape)}]" for shape in feature["enumerated"]))
     if feature.get("ranges"):

@@ -5,26 +5,37 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distill import mil
+from distill.errors import InputError
 from distill.mil import Program
 from distill.mil_tools import feeds
-from distill.mil_tools.compare import as_array
-from distill.mil_tools.tables import plain, table
+from distill.mil_tools.outputs import scores
+from distill.mil_tools.tables import plain, printable, table
 
 _COLUMNS = ("shape", "dtype", "min", "max", "mean", "nan", "inf")
+_TOP = 5
+"""Labels of a classifier that are shown."""
 
 
 def summary(value: Any, dtype: str) -> dict[str, Any]:
-    """Shape, and for numbers the range, the mean of the finite elements, and how many are NaN or infinite."""
-    array = as_array(value)
+    """Shape, and for numbers the range, the mean of the finite elements, and how many are NaN or infinite; of a
+    classifier the label, and the most probable labels.
+    """
+    array = scores(value)
     out: dict[str, Any] = {"shape": list(array.shape), "dtype": dtype}
+    if isinstance(value, int | str):
+        return out | {"label": value}
+    if isinstance(value, dict):
+        top = sorted(value.items(), key=lambda item: -item[1])[:_TOP]
+        out["top"] = [{"label": label, "probability": p} for label, p in top]
     if array.dtype.kind not in "biuf":
-        return out | dict.fromkeys(_COLUMNS[2:], "")
+        return out
     finite = array[np.isfinite(array)].astype(np.float64)
     low, high, mean = (float(finite.min()), float(finite.max()), float(finite.mean())) if finite.size else (np.nan,) * 3
     return out | {
@@ -32,19 +43,45 @@ def summary(value: Any, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def print_trace(program: Program, feed: dict[str, Any], pattern: str, args: argparse.Namespace, state: Any) -> None:
-    """One line for each value whose name or operator matches the pattern, as it is computed."""
-    print("trace")
+def trace(
+    program: Program, feed: dict[str, Any], pattern: str, args: argparse.Namespace, state: Any
+) -> Iterator[dict[str, Any]]:
+    """Each value whose name or operator holds the pattern."""
+    within = f"*{pattern}*"
     for number, step in enumerate(program.trace(feed, args.function, state, args.policy)):
         types = {out.name: out for out in step.op.outputs}
         for name, array in step.outputs.items():
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(step.op.type, pattern):
-                cells = summary(array, types[name].dtype)
-                print(table(("",) * 9, [(number, step.op.type, name, *_cells(cells))]).split("\n")[-1])
+            if fnmatch.fnmatchcase(name, within) or fnmatch.fnmatchcase(step.op.type, within):
+                about = {"step": number, "operator": step.op.type, "value": name}
+                yield about | summary(array, types[name].dtype)
+
+
+def print_trace(rows: Iterable[dict[str, Any]], pattern: str) -> None:
+    """A table; what was computed before an error is printed too."""
+    seen: list[dict[str, Any]] = []
+    try:
+        for row in rows:
+            seen.append(row)
+    finally:
+        if seen:
+            cells = [(row["step"], row["operator"], row["value"], *_cells(row)) for row in seen]
+            print("trace", table(("step", "operator", "value", *_COLUMNS), cells), sep="\n")
+    if not seen:
+        print(printable(f"trace: no operator and no value has {pattern!r} in its name"))
 
 
 def _cells(found: dict[str, Any]) -> list[Any]:
-    return [found[name] for name in _COLUMNS]
+    return [found.get(name, "") for name in _COLUMNS]
+
+
+def print_labels(found: dict[str, dict[str, Any]]) -> None:
+    """A classifier's answer."""
+    for name, cells in found.items():
+        if "label" in cells:
+            print(printable(f"  {name}: {cells['label']}"))
+        if "top" in cells:
+            top = ", ".join(f"{t['label']} {t['probability']:.4g}" for t in cells["top"])
+            print(printable(f"  {name}: {top}" + (", ..." if cells["shape"][0] > _TOP else "")))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,13 +89,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("package", type=Path, help="X.mlpackage")
     feeds.add_flags(parser, policy="ieee16", seed=None)
     parser.add_argument("--state-out", type=Path, metavar="FILE.npz", help="save the states afterwards")
-    parser.add_argument("--out", type=Path, metavar="FILE.npz", help="save the outputs, fp16 as float32")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.npz",
+        help="save the outputs, fp16 as float32; a classifier's labels as NAME.labels",
+    )
     parser.add_argument(
         "--trace",
         nargs="?",
         const="*",
         metavar="PATTERN",
-        help="also print every intermediate value, or those whose name or operator matches (e.g. '*attn*', softmax)",
+        help="also print every intermediate value, or those that have this in their name or their operator's; * and ? "
+        "stand for anything (e.g. softmax, 'layer?.attn', 'pool*')",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -70,21 +113,31 @@ def run(args: argparse.Namespace) -> int:
     function = program.function(args.function)
     feed = feeds.collect(args, function)
     state = feeds.make_state(program, function, args.state_in)
+    if args.state_out is not None and state is None:
+        raise InputError(f"--state-out {args.state_out}: function {function.name} keeps no state")
+    traced: list[dict[str, Any]] = []
     if args.trace is not None:
-        print_trace(program, feed, args.trace, args, state.copy() if state else None)
+        rows = trace(program, feed, args.trace, args, state.copy() if state else None)
+        if args.json:
+            traced = list(rows)
+        else:
+            print_trace(rows, args.trace)
     outputs = program.predict(feed, args.function, state, args.policy)
     found = {f.name: summary(outputs[f.name], f.type.dtype) for f in function.outputs}
     findings = program.findings if args.policy == "strict" else []
     if args.json:
-        print(json.dumps(plain({"outputs": found, "findings": [_finding(f) for f in findings]}), indent=2))
+        everything = {"outputs": found, "findings": [_finding(f) for f in findings]}
+        print(json.dumps(plain(everything | ({} if args.trace is None else {"trace": traced})), indent=2))
     else:
         print(table(("output", *_COLUMNS), [(name, *_cells(cells)) for name, cells in found.items()]))
+        print_labels(found)
         if args.policy == "strict":
             print_findings(findings)
     if args.out is not None:
-        feeds.save_arrays(args.out, {name: as_array(value) for name, value in outputs.items()})
-    if args.state_out is not None:
-        feeds.save_arrays(args.state_out, {name: state.read(name) for name in state.names} if state else {})
+        labels = {f"{name}.labels": np.array(list(v)) for name, v in outputs.items() if isinstance(v, dict)}
+        feeds.save_arrays(args.out, labels | {name: scores(value) for name, value in outputs.items()})
+    if args.state_out is not None and state is not None:
+        feeds.save_arrays(args.state_out, {name: state.read(name) for name in state.names})
     return 0
 
 

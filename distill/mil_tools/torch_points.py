@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from distill.errors import CheckpointError, InputError, describe_os_error
 
 
 class Points(NamedTuple):
-    """Intermediate tensors in the order of execution, and the outputs; (name, array) each. Floats only."""
+    """Intermediate tensors in the order of execution, floats only, and the outputs; (name, array) each."""
 
     inner: list[tuple[str, np.ndarray]]
     outputs: list[tuple[str, np.ndarray]]
@@ -34,6 +35,8 @@ def load_module(spec: str, sha256: str | None) -> nn.Module:
     """`package.module:callable`, `file.py:callable`, or a TorchScript file whose sha256 is known."""
     path = Path(spec)
     if path.is_file():
+        if path.suffix == ".py":
+            raise InputError(f"--module {spec}: a Python file needs the name of a callable in it: {spec}:NAME")
         return _load_file(path, sha256)
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name:
@@ -95,6 +98,8 @@ def _import(spec: str, source: str) -> Any:
         place = importlib.util.spec_from_file_location(Path(source).stem, source)
         if place is None or place.loader is None or not Path(source).is_file():
             raise InputError(f"--module {spec}: no file {source}")
+        if (folder := str(Path(source).resolve().parent)) not in sys.path:
+            sys.path.insert(0, folder)  # what it imports from beside itself, as `python file.py` would
         module = importlib.util.module_from_spec(place)
         sys.modules[place.name] = module
         loader = place.loader
@@ -118,8 +123,15 @@ def _theirs(spec: str, call: Any) -> Any:
     try:
         return call()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise InputError(f"--module {spec}: {type(error).__name__}: {lines[0]}") from error
+        raise InputError(f"--module {spec}: {type(error).__name__}: {_telling_line(str(error))}") from error
+
+
+def _telling_line(text: str) -> str:
+    """The line that says what went wrong: the first, but TorchScript puts its traceback before it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    if "failed in the TorchScript interpreter" not in lines[0]:
+        return lines[0]
+    return next((line for line in lines if re.match(r"\w*(Error|Exception):", line)), lines[-1])
 
 
 def round_to_half(module: nn.Module) -> None:
@@ -189,7 +201,7 @@ def _record_hooks(module: nn.Module, arguments: tuple[Tensor, ...], keywords: di
     finally:
         for handle in handles:
             handle.remove()
-    return Points(inner, list(_flat("output", out)))
+    return Points(inner, list(_flat("output", out, any_number=True)))
 
 
 def _label(name: str, call: int) -> str:
@@ -219,7 +231,7 @@ def _record_graph(module: torch.fx.GraphModule, tensors: dict[str, Tensor]) -> P
     typed = [x.to(node.meta["val"].dtype) if "val" in node.meta else x for node, x in zip(nodes, flat)]
     recorder = _Recorder(module)
     out = recorder.run(*typed, enable_io_processing=False)
-    return Points(recorder.found, list(_flat("output", out)))
+    return Points(recorder.found, list(_flat("output", out, any_number=True)))
 
 
 def _record_script(module: Any, arguments: tuple[Tensor, ...]) -> Points:
@@ -251,17 +263,20 @@ def _record_script(module: Any, arguments: tuple[Tensor, ...]) -> Points:
     results = function(module._c, *arguments)
     values = results if names else (results,)
     inner = [pair for name, value in zip(names, values[count:]) for pair in _flat(name, value)]
-    return Points(inner, list(_flat("output", values[0] if count == 1 else values[:count])))
+    outputs = _flat("output", values[0] if count == 1 else values[:count], any_number=True)
+    return Points(inner, list(outputs))
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The float tensors in what a module returned."""
+def _flat(name: str, value: Any, any_number: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    """The float tensors in what a module returned; of its outputs those of integers and booleans too."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name, value.detach().float().cpu().numpy().copy()
+        elif any_number and not value.is_complex():
+            yield name, value.detach().cpu().numpy().copy()
     elif isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _flat(f"{name}.{key}", part)
+            yield from _flat(f"{name}.{key}", part, any_number)
     elif isinstance(value, list | tuple):
         for index, part in enumerate(value):
-            yield from _flat(f"{name}.{index}" if len(value) > 1 else name, part)
+            yield from _flat(f"{name}.{index}" if len(value) > 1 else name, part, any_number)

@@ -1,5 +1,5 @@
 """What the interpreter relies on and no result shows: an operator leaves its inputs as they were, and one that is
-marked `fresh` hands out memory of its own (it is rounded in place).
+marked `fresh` hands out memory of its own, each output by itself (it is rounded in place).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def watched(handler: Handler) -> Callable[..., Any]:
         if handler.fresh:
             taken = {t.untyped_storage().data_ptr() for t in given if t.numel()}
             for out in tensors(result):
-                shared = out.numel() and out.untyped_storage().data_ptr() in taken
-                assert not shared, f"{handler.name} is marked fresh and returned memory of an input"
+                place = out.untyped_storage().data_ptr()
+                assert not out.numel() or place not in taken, f"{handler.name} is marked fresh and shares memory"
+                taken.add(place)
         return result
 
     return call

@@ -260,3 +260,126 @@ def test_a_module_that_takes_other_inputs_is_one_line(
     )
     code, _, err = run(capsys, folder / "net.mlpackage", "--module", f"{tmp_path}/two.py:Two")
     assert code == 2 and "TypeError: " in err.splitlines()[-1] and "missing 1 required" in err.splitlines()[-1]
+
+
+# --- outputs that are not floats, images -----------------------------------------------------------------
+
+
+MIXED = """
+import beside
+import torch
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self, sign=1, shift=0):
+        super().__init__()
+        self.sign, self.shift = sign, shift
+
+    def forward(self, x):
+        x = x / 255 + self.shift
+        return torch.softmax(x.mean((2, 3)), -1), (x * self.sign).mean((2, 3)).argmax(-1)
+
+
+class Scores(Mixed):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class Nothing(Mixed):
+    def forward(self, x):
+        return "no tensor"
+
+
+def least():
+    return Mixed(-1)
+
+
+def unlike():
+    class Unlike(Mixed):
+        def forward(self, x):
+            return torch.softmax(-9 * x.mean((2, 3)), -1)
+    return Unlike()
+
+
+@torch.jit.script
+def fails(x):
+    return torch.matmul(x, torch.zeros(7, 7))
+
+
+class Fails(torch.nn.Module):
+    def forward(self, x):
+        return fails(x)
+
+
+def scripted():
+    return torch.jit.script(Fails())
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of an image, and a package that returns scores and the index of the largest."""
+    path = tmp_path_factory.mktemp("mixed")
+    (path / "beside.py").write_text("")
+    (path / "mixed.py").write_text(MIXED)
+    images = [ct.ImageType("image", (1, 3, 4, 5), scale=1 / 255)]
+    for name, made, options in (("both", "Mixed", {}), ("scores", "Scores", {"classifier_config": ["z", "y", "a"]})):
+        module = torch_points.load_module(f"{path}/mixed.py:{made}", None).eval()
+        traced = torch.jit.trace(torch.nn.Sequential(Undo(), module), torch.rand(1, 3, 4, 5))
+        if options:
+            options = {"classifier_config": ct.ClassifierConfig(options["classifier_config"])}
+        ct.convert(traced, inputs=images, minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
+                   **options).save(str(path / f"{name}.mlpackage"))  # fmt: skip
+    return path
+
+
+class Undo(torch.nn.Module):
+    """The package scales by 1/255 what the module scales itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 255
+
+
+def test_integer_outputs_are_compared_exactly(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, mixed / "both.mlpackage", "--module", f"{mixed}/mixed.py:Mixed")
+    assert code == 0 and sum(line.split()[:1] == ["output"] and "agrees" in line for line in out.splitlines()) == 2
+    code, out, _ = run(capsys, mixed / "both.mlpackage", "--module", f"{mixed}/mixed.py:least")
+    assert code == 1 and "reduce_argmax" in out.splitlines()[-1]
+
+
+def test_an_output_without_a_partner_is_said(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, mixed / "both.mlpackage", "--module", f"{mixed}/mixed.py:Scores")
+    assert code == 0 and "not compared: output " in out and out.endswith("; but 1 outputs have no partner\n")
+
+
+def test_a_classifiers_probabilities_are_compared_with_the_scores(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = mixed / "scores.mlpackage"
+    assert run(capsys, package, "--module", f"{mixed}/mixed.py:Scores")[0] == 0
+    code, out, _ = run(capsys, package, "--module", f"{mixed}/mixed.py:unlike")
+    assert code == 1 and "first point to diverge: output " in out
+
+
+def test_nothing_compared_is_not_a_pass(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, mixed / "scores.mlpackage", "--module", f"{mixed}/mixed.py:Nothing")
+    assert code == 2 and not out and "nothing could be compared" in err.splitlines()[-1]
+
+
+def test_an_image_file_reaches_the_module_as_the_program_sees_it(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (5, 4), (10, 200, 100)).save(tmp_path / "im.png")
+    flags = ["--module", f"{mixed}/mixed.py:Mixed", "--input", f"image={tmp_path}/im.png"]
+    assert run(capsys, mixed / "both.mlpackage", *flags)[0] == 0
+
+
+def test_a_python_file_without_a_name_and_a_failing_script_say_what_is_wrong(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, mixed / "both.mlpackage", "--module", f"{mixed}/mixed.py")
+    assert code == 2 and f"a Python file needs the name of a callable in it: {mixed}/mixed.py:NAME" in err
+    code, _, err = run(capsys, mixed / "both.mlpackage", "--module", f"{mixed}/mixed.py:scripted")
+    assert code == 2 and "TorchScript interpreter" not in err and "mat" in err.splitlines()[-1]

@@ -246,8 +246,8 @@ calls = {
     "affine_dequantize": lambda f: f(unpacked("int4"), torch.zeros(4096), torch.ones(4096), 0),
     "blockwise_shift_scale": lambda f: f(run, unpacked("int4"), ones, ones),
     "sparse_to_dense": lambda f: f(torch.ones(half), unpacked("uint1")),
-    "lut_to_dense": lambda f: f(unpacked("uint6"), torch.zeros(64, 1, 64, 1)),
-    "lut_to_sparse": lambda f: f(unpacked("uint1"), indices, torch.ones(64, 1, 16, 1)),
+    "lut_to_dense": lambda f: f(run, unpacked("uint6"), torch.zeros(64, 1, 64, 1)),
+    "lut_to_sparse": lambda f: f(run, unpacked("uint1"), indices, torch.ones(64, 1, 16, 1)),
 }
 before, peaks = peak(), {}
 for name, call in calls.items():

@@ -352,3 +352,15 @@ def test_partners_are_found_around_an_operation_that_only_one_has(tmp_path: Path
 ])  # fmt: skip
 def test_what_casting_passes_append_is_no_part_of_a_name(name: str, plain: str) -> None:
     assert plain_name(name) == plain
+
+
+def test_nan_on_both_sides_is_equal_and_said(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = "x=" + ",".join(["nan"] * 256)
+    code = main(["diff", str(package), str(package), "--input", values])
+    out = capsys.readouterr().out
+    assert code == 0 and "NaN on both sides in" in out and out.endswith("diverges; but NaN is no result\n")
+
+
+def test_probabilities_of_other_labels_differ() -> None:
+    assert compare({"a": 0.5, "b": 0.5}, {"b": 0.5, "a": 0.5}, Tolerance(0, 0)).agrees
+    assert not compare({"a": 0.5, "b": 0.5}, {"a": 0.5, "c": 0.5}, Tolerance(0, 0)).agrees

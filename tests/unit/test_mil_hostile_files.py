@@ -94,3 +94,32 @@ def test_every_record_field_of_a_weight_file_may_be_spoilt(tmp_path):
             path = b.write_package(tmp_path / f"{at}-{value}.mlpackage", model, bytes(spoilt))
             with contextlib.suppress(PackageError):
                 mil.load(path).predict({"x": np.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 5000, "File name too long"), ("a\0b", "no such package"), ("\ud800", r"\\ud800: no such")],
+)
+def test_a_name_that_no_file_can_have_is_no_package(name, reason):
+    with pytest.raises(PackageError, match=reason) as caught:
+        mil.load(name)
+    assert len(str(caught.value).encode()) < 200
+
+
+@pytest.mark.parametrize("lengths", [(2, 3), (2,), ()])
+def test_a_key_of_a_dictionary_is_one_number_or_string(tmp_path, lengths):
+    model = b.raw_model()
+    evil = b.operations(model)[0].attributes["evil"]
+    evil.type.dictionaryType.keyType.tensorType.dataType = b._MIL["fp32"]
+    pair = evil.immediateValue.dictionary.values.add()
+    pair.key.type.listType.type.tensorType.dataType = b._MIL["fp32"]
+    pair.key.immediateValue.list.SetInParent()
+    for n in lengths:
+        item = pair.key.immediateValue.list.values.add()
+        b.set_type(item.type, "fp32", (n,))
+        item.immediateValue.tensor.floats.values.extend([0.0] * n)
+    b.set_type(pair.value.type, "fp32", (1,))
+    pair.value.immediateValue.tensor.floats.values.append(1.0)
+    path = b.write_package(tmp_path / "m.mlpackage", model)
+    with pytest.raises(PackageError, match=r"evil: a key of type .* in a dictionary"):
+        mil.load(path)

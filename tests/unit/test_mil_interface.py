@@ -8,6 +8,7 @@ import sys
 import coremltools as ct
 import numpy as np
 import pytest
+import torch
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import get_new_symbol
 from coremltools.models.utils import MultiFunctionDescriptor, save_multifunction
@@ -18,6 +19,8 @@ from distill import mil
 from distill.errors import InputError, PackageError
 from distill.mil.coreml_proxy import MLModelProxy
 from distill.mil.images import to_pil
+from distill.mil.policy import make_policy
+from distill.mil.program import POLICIES
 from tests.unit import mil_build as b
 
 # 2 x 3 pixels; a channel is its own range of numbers
@@ -326,3 +329,49 @@ def test_a_boolean_comes_and_goes_as_a_number(tmp_path):
     assert program.function().inputs[0].dtype != "bool"
     (made,) = program.predict({"x0": np.array([True, False, True])}).values()
     assert made.dtype in (np.float32, np.int32) and made.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.array([3, 60], ">f4"),
+        np.array([3, 60], ">i8"),
+        np.array([3, 60], np.longdouble),
+        torch.tensor([3, 60], dtype=torch.bfloat16),
+        torch.tensor([3.0, 60.0], requires_grad=True),
+        torch.tensor([3j, 60j]).conj().imag.neg(),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "int32"])
+def test_an_array_is_taken_in_any_representation(tmp_path, dtype, given):
+    program = mil.load(b.write_package(tmp_path / "m.mlpackage", b.raw_model(dtype)))
+    assert program.predict({"x": given})["y"].tolist() == [6, 120]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(2, device="meta"), "is not an array: Cannot copy out of meta tensor"),
+        (torch.zeros(2, dtype=torch.complex64).conj(), "is an array of complex64, not of numbers"),
+        (torch.zeros(2).to_sparse(), "is not an array"),
+        (np.array([0, np.inf]), "takes int32, got inf"),
+        (np.array([0, np.nan]), "takes int32, got nan"),
+        (None, "is an array of object, not of numbers"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_one_clear_error(tmp_path, given, message):
+    program = mil.load(b.write_package(tmp_path / "m.mlpackage", b.raw_model("int32")))
+    with pytest.raises(InputError, match=f"input 'x' {message}"):
+        program.predict({"x": given})
+
+
+@pytest.mark.parametrize("given", [None, 3, ["x"]])
+def test_inputs_that_are_no_dictionary_are_one_clear_error(tmp_path, given):
+    program = mil.load(b.write_package(tmp_path / "m.mlpackage", b.raw_model()))
+    with pytest.raises(InputError, match="takes its inputs as a dictionary of arrays by name"):
+        program.predict(given)
+
+
+def test_the_policies_are_called_what_they_are_listed_as():
+    assert [make_policy(name).name for name in POLICIES] == list(POLICIES)

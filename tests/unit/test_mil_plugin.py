@@ -92,12 +92,32 @@ def test_a_suite_written_for_a_mac_runs(tmp_path):
             with pytest.raises(RuntimeError, match="input 'x' has shape"):
                 doubled().predict({"x": np.zeros((2, 4), np.float32)})
 
+        def test_numbers_are_cast_as_core_ml_casts_them():
+            @mb.program(input_specs=[mb.TensorSpec((1,), dtype=types.int32)], opset_version=ct.target.iOS18)
+            def program(x):
+                return mb.add(x=x, y=1, name="y")
+            model = ct.convert(program, minimum_deployment_target=ct.target.iOS18)
+            for given in (3, 3.0, np.int32(3), np.array(3), np.array([3.9]), [3]):
+                assert model.predict({"x": given})["y"] == 4, given
+
+        def test_a_tensor_may_be_returned_twice():
+            @mb.program(input_specs=[mb.TensorSpec((2,))], opset_version=ct.target.iOS18)
+            def program(x):
+                y = mb.relu(x=x, name="y")
+                return y, y
+            model = ct.convert(program, minimum_deployment_target=ct.target.iOS18)
+            assert model.predict({"x": np.ones(2)})["y"].tolist() == [1, 1]
+
+        def test_a_model_can_be_copied():
+            import copy
+            assert copy.deepcopy(doubled()).predict({"x": X})["y"][0, 1] == 2
+
         def test_the_helpers_of_coremltools_believe_it():
             assert ct.utils._macos_version() >= (15, 0)
         """,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "8 passed" in done.stdout and "distill.mil made 12 predictions" in done.stdout
+    assert "11 passed" in done.stdout and "distill.mil made 20 predictions" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there Core ML itself answers")
@@ -112,13 +132,21 @@ def test_what_only_core_ml_can_do_is_skipped_with_its_reason(tmp_path):
             ct.convert(program, convert_to="neuralnetwork").predict({"x": np.ones((2, 3))})
             raise AssertionError("not reached")
 
+        def test_compiled_neural_network():
+            @mb.program(input_specs=[mb.TensorSpec((2, 3))])
+            def program(x):
+                return mb.relu(x=x)
+            spec = ct.convert(program, convert_to="neuralnetwork").get_spec()
+            ct.models.CompiledMLModel(ct.models.utils.compile_model(spec)).predict({"x": np.ones((2, 3))})
+            raise AssertionError("not reached")
+
         def test_compute_plan():
             ct.models.compute_plan.MLComputePlan.load_from_path(doubled().get_compiled_model_path())
             raise AssertionError("not reached")
         """,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "2 skipped" in done.stdout
+    assert "3 skipped" in done.stdout
     assert "needs Core ML" in done.stdout and "compute plan" in done.stdout
 
 
@@ -131,6 +159,15 @@ def test_the_policy_is_an_option(tmp_path):
     """
     assert run_suite(tmp_path, body, "--mil-policy", "fp32").returncode == 0
     assert "1 failed" in run_suite(tmp_path, body).stdout
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there Core ML itself answers")
+def test_predictions_of_parallel_workers_are_counted(tmp_path):
+    body = """
+    def test_predict():
+        assert doubled().predict({"x": np.ones((2, 3), np.float32)})["y"][0, 0] == 2
+    """
+    assert "distill.mil made 1 predictions" in run_suite(tmp_path, body, "-n", "1").stdout
 
 
 def test_the_bytes_of_an_asset_cannot_be_written_elsewhere():

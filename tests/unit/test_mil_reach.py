@@ -20,7 +20,7 @@ from tests.unit import mil_build as b
 
 
 def make_list(**arguments):
-    return TABLE["make_list"].function(**arguments)
+    return TABLE["make_list"].function(run=Run(Policy(), None), **arguments)
 
 
 def call(op: str, *arguments):
@@ -43,17 +43,17 @@ def test_writing_to_a_list_makes_a_new_list():
 def test_a_dynamic_list_grows_and_its_gaps_are_zero():
     grown = call("list_write", make_list(elem_shape=size(2)), 3, torch.tensor([5.0, 6.0]))
     assert int(call("list_length", grown)) == 4
-    assert call("list_gather", grown, [3, 1]).tolist() == [[5, 6], [0, 0]]
-    scattered = call("list_scatter", grown, [5, 0, 5], torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+    assert call("list_gather", grown, torch.tensor([3, 1])).tolist() == [[5, 6], [0, 0]]
+    scattered = call("list_scatter", grown, torch.tensor([5, 0, 5]), torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
     assert int(call("list_length", scattered)) == 6
-    assert call("list_gather", scattered, [0, 4, 5]).tolist() == [[2, 2], [0, 0], [3, 3]]
+    assert call("list_gather", scattered, torch.tensor([0, 4, 5])).tolist() == [[2, 2], [0, 0], [3, 3]]
 
 
 def test_a_named_size_is_that_of_the_first_element():
     ls = make_list(elem_shape=size("n", 2), init_length=2, dtype="int32")
     ls = call("list_write", ls, 0, torch.ones(3, 2, dtype=torch.int32))
-    assert call("list_gather", ls, [1, 0]).sum((1, 2)).tolist() == [0, 6]
-    assert call("list_gather", ls, []).shape == (0, 3, 2)
+    assert call("list_gather", ls, torch.tensor([1, 0])).sum((1, 2)).tolist() == [0, 6]
+    assert call("list_gather", ls, torch.tensor([])).shape == (0, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_a_named_size_is_that_of_the_first_element():
         ("list_write", (-1, torch.zeros(2)), "writing at"),
         ("list_write", (0, torch.zeros(3)), "shape"),
         ("list_write", (0, torch.zeros(1, 2)), "shape"),
-        ("list_scatter", ([0, 2], torch.zeros(2, 2)), "writing at"),
-        ("list_scatter", ([0], torch.zeros(2, 2)), "1 indices"),
-        ("list_gather", ([0, 5],), "index 5"),
+        ("list_scatter", (torch.tensor([0, 2]), torch.zeros(2, 2)), "writing at"),
+        ("list_scatter", (torch.tensor([0]), torch.zeros(2, 2)), "1 indices"),
+        ("list_gather", (torch.tensor([0, 5]),), "index 5"),
     ],
 )
 def test_misuse_of_a_fixed_list_is_one_clear_error(op, arguments, message):
@@ -87,7 +87,7 @@ def test_hostile_list_sizes_are_refused():
         call("list_write", make_list(elem_shape=size(2)), 2**31 - 1, torch.zeros(2))
     large = make_list(elem_shape=size(2**20, 2**10), init_length=2**20)
     with pytest.raises(PackageError, match="refusing"):
-        call("list_gather", large, [0] * 1000)
+        call("list_gather", large, torch.zeros(1000))
     with pytest.raises(TypeError, match="not a list"):
         call("list_length", torch.zeros(2))
 

@@ -360,3 +360,15 @@ def test_a_state_of_the_wrong_batch_in_a_package_is_one_error_that_names_the_ope
 
     with pytest.raises(PackageError, match=r"lstm 'cell_0' failed: initial_h.* has shape \[1, 2\], not \[3, 2\]"):
         predict(tmp_path, body, X, np.zeros((1, H), np.float32), np.zeros((1, H), np.float32))
+
+
+def test_a_first_state_of_zeros_serves_any_batch():
+    """What coremltools writes for a packed sequence."""
+    rng = np.random.default_rng(0)
+    x, w_ih, w_hh = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in ((4, 3, 2), (5, 2), (5, 5)))
+    run = Run(make_policy("fp32"), None)
+    wrong, _ = TABLE["rnn"].function(run, x, torch.zeros(7, 5), w_ih, w_hh)
+    right, _ = TABLE["rnn"].function(run, x, torch.zeros(3, 5), w_ih, w_hh)
+    assert torch.equal(wrong, right)
+    with pytest.raises(ValueError, match="initial_h has shape"):
+        TABLE["rnn"].function(run, x, torch.arange(35.0).reshape(7, 5), w_ih, w_hh)

@@ -213,7 +213,16 @@ def test_a_trace_on_the_command_line_does_not_change_the_state(
 def test_a_trace_prints_the_values_that_match(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "run", package, "--seed", 0, "--trace", "relu")
     lines = out.split("trace\n")[1].split("  output")[0].splitlines()
-    assert len(lines) == 1 and " relu " in lines[0]
+    assert [line.split()[:2] for line in lines] == [["step", "operator"], ["1", "relu"]]
+
+
+def test_a_trace_matches_a_part_of_a_name_and_says_when_nothing_does(
+    package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run(capsys, "run", package, "--seed", 0, "--trace", "idd*n", "--json")
+    assert [row["value"] for row in json.loads(out)["trace"]] == ["hidden_cast_fp16"]
+    _, out, _ = run(capsys, "run", package, "--seed", 0, "--trace", "zzz")
+    assert out.startswith("trace: no operator and no value has 'zzz' in its name\n")
 
 
 def test_strict_findings_are_printed(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +261,8 @@ def test_an_array_of_pickles_is_refused_and_not_run(
     (["--seed", "0", "--policy", "fp8"], "no numeric policy 'fp8'"),
     (["--seed", "0", "--function", "f"], "no function 'f'; it has main"),
     (["--seed", "0", "--state-in", "s.npz"], "function main keeps no state"),
+    (["--seed", "0", "--state-out", "s.npz"], "function main keeps no state"),
+    (["--seed", "-1"], "--seed must not be negative, not -1"),
     (["--seed", "0", "--out", "/proc/none/o.npz"], "cannot write /proc/none/o.npz"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -323,6 +334,66 @@ def test_damaged_packages_are_described_or_refused(tmp_path: Path) -> None:
     assert described > 10
 
 
+# --- images and classifiers ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mean of each channel of a BGR image decides between three labels, which are not in alphabetical order."""
+
+    class Means(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(x.mean((2, 3)) / 100, -1)
+
+    traced = torch.jit.trace(Means(), torch.zeros(1, 3, 4, 5))
+    model = ct.convert(
+        traced, inputs=[ct.ImageType("image", (1, 3, 4, 5), color_layout=ct.colorlayout.BGR)], skip_model_load=True,
+        classifier_config=ct.ClassifierConfig(["sea", "leaf", "brick"]), minimum_deployment_target=ct.target.iOS18,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("i") / "i.mlpackage"
+    model.save(str(path))
+    return path
+
+
+def test_info_shows_colour_layout_and_labels(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "info", classifier)
+    assert "BGR image" in out and "3 labels: sea, leaf, brick" in out and "string[]" not in out
+    interface = json.loads(run(capsys, "info", classifier, "--json")[1])["functions"]["main"]
+    assert interface["inputs"][0]["color"] == "BGR" and interface["outputs"][0]["labels"] == ["sea", "leaf", "brick"]
+
+
+def test_run_shows_a_classifiers_label_and_saves_its_labels(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (5, 4), (0, 200, 100)).save(tmp_path / "im.png")  # blue 100, green 200, red 0
+    flags = ["--input", f"image={tmp_path}/im.png", "--out", tmp_path / "o.npz"]
+    code, out, _ = run(capsys, "run", classifier, *flags)
+    want = np.exp([1, 2, 0]) / np.exp([1, 2, 0]).sum()
+    assert code == 0 and "classLabel: leaf" in out and "leaf 0.66" in out
+    outputs = json.loads(run(capsys, "run", classifier, *flags, "--json")[1])["outputs"]
+    assert outputs["classLabel"]["label"] == "leaf" and "min" not in outputs["classLabel"]
+    probabilities = next(name for name in outputs if name != "classLabel")
+    assert [top["label"] for top in outputs[probabilities]["top"]] == ["leaf", "sea", "brick"]
+    with np.load(tmp_path / "o.npz") as saved:
+        assert saved[f"{probabilities}.labels"].tolist() == ["sea", "leaf", "brick"]
+        assert saved[probabilities] == pytest.approx(want, abs=1e-3)
+
+
+def test_a_random_image_holds_whole_numbers_from_0_to_255(classifier: Path) -> None:
+    drawn = feeds.draw(mil.load(classifier).function(), {}, 0)["image"]
+    assert drawn.min() >= 0 and drawn.max() > 100 and np.array_equal(drawn, np.rint(drawn))
+
+
+def test_an_image_file_for_an_array_is_one_line(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "im.png").write_bytes(b"\x89PNG\r\n\x1a\n and more")
+    code, _, err = run(capsys, "run", package, "--input", f"x={tmp_path}/im.png")
+    assert code == 2 and err.endswith(f"x takes an array, and {tmp_path}/im.png is neither .npy nor .npz\n")
+
+
 # --- ranges --------------------------------------------------------------------------------------------
 
 
@@ -368,6 +439,25 @@ def test_ranges_read_prompts_from_a_file(counter: Path, tmp_path: Path, capsys: 
     assert code == 0 and rows["y"]["max"] == 30003 and rows["x"]["max"] == 30000
     code, out, _ = run(capsys, "ranges", counter, "--prompts", prompts, "--top", 1)
     assert len(out.splitlines()) == 3 and "0 do not fit fp16" in out
+
+
+def test_prompts_take_the_inputs_shape_and_errors_name_their_line(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    good = json.dumps({"x": list(range(32))})
+    prompts.write_text(good)
+    assert run(capsys, "ranges", package, "--prompts", prompts)[0] == 0
+    for bad, message in (("{}", "needs input x"), ('{"x": [1, 2]}', "has shape [2], expected [2, 16]")):
+        prompts.write_text(f"{good}\n\n{bad}\n")
+        code, _, err = run(capsys, "ranges", package, "--prompts", prompts)
+        assert code == 2 and err.startswith(f"error: {prompts}:3: ") and message in err
+
+
+def test_a_value_without_a_finite_element_has_no_range(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "ranges", package, "--input", "x=" + ",".join(["nan"] * 32), "--json")
+    row = next(row for row in json.loads(out) if row["value"] == "x")
+    assert (row["min"], row["max"], row["max_abs"], row["headroom"], row["nonfinite"]) == ("nan", "nan", "nan", 0, 32)
 
 
 @pytest.mark.parametrize(("text", "message"), [

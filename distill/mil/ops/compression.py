@@ -67,11 +67,11 @@ def constexpr_cast(source_val: Tensor, output_dtype: str) -> Tensor:
 
 @op("constexpr_lut_to_dense", exact=True)
 def constexpr_lut_to_dense(
-    indices: Tensor, lut: Tensor, shape: list[int] | None = None, vector_axis: int | None = None
+    run: Run, indices: Tensor, lut: Tensor, shape: list[int] | None = None, vector_axis: int | None = None
 ) -> Tensor:
     """iOS 16: one palette, its indices packed into bytes, and `shape`. iOS 18: see `looked_up`."""
     if shape is None:
-        return looked_up(indices, lut, vector_axis)
+        return looked_up(run, indices, lut, vector_axis)
     bits = lut.numel().bit_length() - 1
     if lut.numel() != 2**bits or bits not in _WIDTHS:
         raise ValueError(f"a palette of {lut.numel()} values")
@@ -80,10 +80,10 @@ def constexpr_lut_to_dense(
 
 @op("constexpr_lut_to_sparse", exact=True)
 def constexpr_lut_to_sparse(
-    indices_mask: Tensor, indices_nonzero_data: Tensor, lut: Tensor, vector_axis: int | None = None
+    run: Run, indices_mask: Tensor, indices_nonzero_data: Tensor, lut: Tensor, vector_axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """(mask, values): what lut_to_dense gives, where the mask is set. A vector repeats its bit of the mask."""
-    dense = looked_up(spread(indices_nonzero_data, indices_mask), lut, vector_axis)
+    dense = looked_up(run, spread(indices_nonzero_data, indices_mask), lut, vector_axis)
     width = lut.shape[-1]
     mask = indices_mask if width == 1 else indices_mask.repeat_interleave(width, vector_axis)
     return mask, kept(dense, mask)
@@ -107,7 +107,7 @@ def per_block(values: Tensor) -> Tensor:
     return values.reshape([part for c in values.shape for part in (c, 1)])
 
 
-def looked_up(indices: Tensor, lut: Tensor, vector_axis: int | None) -> Tensor:
+def looked_up(run: Run, indices: Tensor, lut: Tensor, vector_axis: int | None) -> Tensor:
     """`lut` has the rank of `indices` plus two: a table of (palettes, vector) for each block of indices.
 
     The elements of a vector follow each other along `vector_axis`.
@@ -127,6 +127,7 @@ def looked_up(indices: Tensor, lut: Tensor, vector_axis: int | None) -> Tensor:
     if vector_axis is None or not -indices.dim() <= vector_axis < indices.dim():
         raise ValueError(f"vectors of {width} along axis {vector_axis} of {indices.dim()}")
     check_size([*indices.shape, width])
+    run.reserve(indices.numel() * width * lut.element_size())  # numpy's memory is not seen otherwise
     dense = torch.from_numpy(lut.reshape(-1, width).numpy()[rows.numpy()]).reshape(*indices.shape, width)
     axis = vector_axis % indices.dim()
     return dense.movedim(-1, axis + 1).flatten(axis, axis + 1)

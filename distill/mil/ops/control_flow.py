@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.mil.ops.registry import op
-from distill.mil.run import Body, Run
+from distill.mil.run import VALUE, Body, Run
 
 
 @op("cond", exact=True)
@@ -28,6 +28,7 @@ def while_loop(run: Run, blocks: list[Body], loop_vars: list[Tensor] | None = No
     carried: list[Any] = list(loop_vars or [])
     while going_on(condition(run, carried)):
         run.spend(1)
+        run.work(VALUE * len(carried))
         made = body(run, carried)
         if len(made) != len(carried):
             raise ValueError(f"the loop's body returns {len(made)} values for {len(carried)} loop variables")

@@ -30,7 +30,10 @@ def conv(
     strides, dilations = per_dimension(x, weight, strides, "strides"), per_dimension(x, weight, dilations, "dilations")
     if groups < 1 or x.shape[1] != weight.shape[1] * groups:
         raise ValueError(f"{x.shape[1]} channels, weight {list(weight.shape)} and groups = {groups} do not agree")
-    pads = padding(x.shape[2:], extents(weight, dilations), strides, pad_type, pad)
+    reach = extents(weight, dilations)
+    pads = padding(x.shape[2:], reach, strides, pad_type, pad)
+    if any(e > n + a + b for e, n, (a, b) in zip(reach, x.shape[2:], pads)):
+        raise ValueError(f"a kernel that reaches {reach} over {list(x.shape[2:])}, padded by {pads}")
     pointwise = weight[0, 0].numel() == 1 and set(strides) == {1} and groups == 1
     if pointwise and not any(before or after for before, after in pads):
         product = run.policy.matmul(weight.reshape(weight.shape[0], -1), x.flatten(2))  # a 1x1 kernel: one matmul

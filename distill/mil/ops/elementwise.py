@@ -106,7 +106,7 @@ def rsqrt(x: Tensor, epsilon: float = 1e-12) -> Tensor:
 
 @op("sign", fresh=True)
 def sign(x: Tensor) -> Tensor:
-    return x.sign()
+    return torch.where(x.isnan(), x, x.sign()) if x.is_floating_point() else x.sign()
 
 
 @op("sin", fresh=True)
@@ -179,7 +179,12 @@ def mod(x: Tensor, y: Tensor) -> Tensor:
 
 @op("pow", fresh=True)
 def pow_(x: Tensor, y: Tensor) -> Tensor:
-    return torch.pow(x, y) if x.is_floating_point() else torch.pow(x.double(), y.double())
+    """Integers wrap around, as in a product; a negative power of one truncates."""
+    if x.is_floating_point() or y.is_floating_point():
+        return torch.pow(x, y)
+    base, exponent = x.long(), y.long()
+    power = torch.pow(base, exponent.abs())
+    return torch.where(exponent < 0, torch.where(base.abs() == 1, power, 0), power)
 
 
 @op("maximum", fresh=True)

@@ -90,7 +90,10 @@ def gather_nd(
     for d in range(batch_dims):
         counter = torch.arange(x.shape[d]).reshape([-1 if i == d else 1 for i in range(len(leading))])
         coordinates.insert(d, counter.expand(leading))
-    return x[tuple(coordinates)] if coordinates else x.expand(check_size([*leading, *x.shape])).clone()
+    if not coordinates:
+        return x.expand(check_size([*leading, *x.shape])).clone()
+    picked = x[tuple(coordinates)]
+    return picked if leading else picked.clone()  # one coordinate is a view for torch
 
 
 _REDUCE = {"add": "sum", "sub": "sum", "mul": "prod", "max": "amax", "min": "amin"}

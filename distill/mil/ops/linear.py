@@ -34,12 +34,23 @@ def linear(run: Run, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return out if bias is None else out + bias
 
 
+# "nchw,nwhu->nchu" and "chw,whr->chr" with letters numbered as they come, by rank
+_EINSUM: dict[int, list[int | str]] = {
+    4: [0, 1, 2, 3, ",", 0, 3, 2, 4, "-", ">", 0, 1, 2, 4],
+    3: [0, 1, 2, ",", 2, 1, 3, "-", ">", 0, 1, 3],
+}
+
+
 @op("einsum", fresh=True)
 def einsum(run: Run, values: list[Tensor], equation: str) -> Tensor:
-    """MIL allows "nchw,nwhu->nchu" and "chw,whr->chr": a matmul over axis -1 and -3, batched over the
-    others.
+    """MIL allows "nchw,nwhu->nchu" and "chw,whr->chr", in any letters: a matmul over axis -1 and -3, batched over
+    the others.
     """
     x, y = values
+    letters = {letter: name for name, letter in enumerate(dict.fromkeys(c for c in equation if c.isalpha()))}
+    pattern = [letters.get(c, c) for c in equation.replace(" ", "")]
+    if pattern != _EINSUM.get(x.dim()):
+        raise ValueError(f"equation {equation!r} for {x.dim()} dimensions: not one that MIL allows")
     return run.policy.matmul(x.transpose(-3, -2), y.transpose(-3, -2)).transpose(-3, -2)
 
 

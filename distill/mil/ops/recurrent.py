@@ -53,7 +53,7 @@ def rnn(
     """h = activation(W_ih x + W_hh h + bias)."""
     act = named(activation)
     hidden_size = checked(x, 1, weight_ih, weight_hh, {"bias": bias})
-    expect("initial_h", initial_h, x.shape[1], hidden_size)
+    initial_h = initial("initial_h", initial_h, x.shape[1], hidden_size)
     rows = project(run, x, weight_ih, bias, backwards(direction))
     recurrent = weight_hh.t()
 
@@ -84,7 +84,7 @@ def gru(
     """
     gate, act = named(recurrent_activation), named(activation)
     hidden_size = checked(x, 3, weight_ih, weight_hh, {"bias": bias, "input_bias": input_bias})
-    expect("initial_h", initial_h, x.shape[1], hidden_size)
+    initial_h = initial("initial_h", initial_h, x.shape[1], hidden_size)
     rows = project(run, x, weight_ih, input_bias, backwards(direction))
     w_r, w_o, w_z = weight_hh.t().chunk(3, -1)
     b_r, b_o, b_z = (weight_hh.new_zeros(len(weight_hh)) if bias is None else bias).chunk(3)
@@ -142,8 +142,8 @@ def lstm(
 
     def layer(weights: _Direction, h: Tensor, c: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         hidden_size = check_lstm(x, weights)
-        expect("initial_h, per direction,", h, x.shape[1], hidden_size)
-        expect("initial_c, per direction,", c, x.shape[1], hidden_size)
+        h = initial("initial_h, per direction,", h, x.shape[1], hidden_size)
+        c = initial("initial_c, per direction,", c, x.shape[1], hidden_size)
         rows = project(run, x, weights.weight_ih, weights.bias, reverse)
         hidden, (last_h, last_c) = unroll(rows, (h, c), lstm_step(run, weights, acts, clip), output_sequence)
         return hidden, last_h, last_c
@@ -229,6 +229,14 @@ def expect(name: str, tensor: Tensor, *shape: int) -> None:
     """Refuse what would broadcast into a wrong answer."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
+
+
+def initial(name: str, state: Tensor, batch: int, hidden_size: int) -> Tensor:
+    """A first state (b, H). coremltools gives a packed sequence one of another batch, all zeros: those serve any."""
+    if state.dim() == 2 and len(state) > 1 and len(state) != batch and not state.any():
+        state = state.new_zeros(batch, state.shape[1])
+    expect(name, state, batch, hidden_size)
+    return state
 
 
 def named(activation: str) -> _Activation:

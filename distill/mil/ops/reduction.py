@@ -28,12 +28,12 @@ def reduce_mean(run: Run, x: Tensor, axes: list[int] | None = None, keep_dims: b
 
 @op("reduce_max")
 def reduce_max(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return x.amax(every(x, axes), keepdim=keep_dims)
+    return x if axes == [] else x.amax(every(x, axes), keepdim=keep_dims)  # torch takes [] for all
 
 
 @op("reduce_min")
 def reduce_min(x: Tensor, axes: list[int] | None = None, keep_dims: bool = False) -> Tensor:
-    return x.amin(every(x, axes), keepdim=keep_dims)
+    return x if axes == [] else x.amin(every(x, axes), keepdim=keep_dims)
 
 
 @op("reduce_prod")

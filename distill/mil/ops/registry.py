@@ -46,9 +46,7 @@ class Handler(NamedTuple):
 TABLE: dict[str, Handler] = {}
 
 
-def op(
-    *names: str, exact: bool = False, fresh: bool = False, by_shape: bool = False
-) -> Callable[[_Handler], _Handler]:
+def op(*names: str, exact: bool = False, fresh: bool = False, by_shape: bool = False) -> Callable[[_Handler], _Handler]:
     """Register a handler for the operators `names`. Registering an operator twice is an error."""
 
     def register(function: _Handler) -> _Handler:

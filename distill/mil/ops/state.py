@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distill.mil.ops.registry import op
 from distill.mil.run import Run
+from distill.mil.values import overlaps
 
 
 @op("read_state", exact=True)
@@ -19,5 +20,5 @@ def read_state(run: Run, input: str) -> Tensor:
 @op("write_state", exact=True)
 def write_state(run: Run, input: str, data: Tensor) -> tuple[()]:
     assert run.state is not None, "the function has no states"
-    run.state.set(input, data)
+    run.state.set(input, data.clone() if overlaps(data) else data)  # slice_update will write into it
     return ()

@@ -85,7 +85,8 @@ def topk(
     return_indices: bool = True,
     output_indices_dtype: str = "int32",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Equal values keep their order."""
+    """Equal values keep their order. k = -1 takes all (iOS 17)."""
+    k = x.shape[axis] if k == -1 else k
     if not 0 <= k <= x.shape[axis]:
         raise ValueError(f"k = {k} of {x.shape[axis]} elements")
     ordered = torch.sort(x, dim=axis, descending=not ascending, stable=True)
