@@ -184,6 +184,7 @@ def change_message(slot: Slot, how: int, every: list[Slot]) -> None:
     message = value_of(slot)
     alike = [value_of(s) for s in every if is_message(s) and value_of(s).DESCRIPTOR is message.DESCRIPTOR]
     other = alike[how // 6 % len(alike)]
+    copy = type(other).FromString(other.SerializeToString())  # `other` may hold the place that it is copied into
     kind = how % 6
     if kind == 0:
         message.Clear()
@@ -192,14 +193,13 @@ def change_message(slot: Slot, how: int, every: list[Slot]) -> None:
     elif kind == 1:
         del container[slot.key]
     elif kind == 2 and slot.key is not None and not is_map(slot):
-        container.add().CopyFrom(other)
+        container.add().CopyFrom(copy)
     elif kind == 3 and slot.key is not None and not is_map(slot):
         neighbour = container[how // 6 % len(container)]
         mine, other = message.SerializeToString(), neighbour.SerializeToString()
         message.ParseFromString(other)
         neighbour.ParseFromString(mine)
     else:
-        copy = type(other).FromString(other.SerializeToString())
         message.CopyFrom(copy)
 
 
