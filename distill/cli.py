@@ -27,7 +27,9 @@ STAGES: dict[str, Stage] = {
         "distill.data.toy:main", "data.make_toy_kd", "write a toy dataset with its teacher's distributions"
     ),
     "kd-dataset": Stage("distill.data.mix:main", "scripts.make_kd_mix_hardened", "ask a teacher, write a KD dataset"),
-    "teacher": Stage("distill.data.local_teachers:main", None, "a local teacher as a Hugging Face folder"),
+    "bench-store": Stage("distill.data.store.bench:main", None, "size and fidelity of a dataset's distributions"),
+    "kd-ledger": Stage("distill.data.ledger:main", None, "what a dataset's generation has spent"),
+    "teacher": Stage("distill.data.teacher.local:main", None, "a local teacher as a Hugging Face folder"),
     "validate-kd": Stage("distill.data.validate:main", "scripts.validate_kd_data", "check a KD dataset rule by rule"),
     "toy-training": Stage("distill.train.toy:make_main", "training.make_toy_training", "write a tiny training set-up"),
     "toy-distill": Stage("distill.train.toy:main", "training.run_toy_distill", "train a toy student"),

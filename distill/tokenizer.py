@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from functools import cache, cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -23,6 +25,23 @@ TOY_VOCAB_SIZE = 1024
 # tokens and a conversation with two tools fits 64; then words, single digits, punctuation and space, as in GPT-2
 _PIECES = r"""\{"[^\n]*|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _TEXT = Path(__file__).parent / "text"
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for: itself if printable, else U+0100 on (GPT-2)."""
+    own = [b for b in range(256) if 0x21 <= b <= 0x7E or 0xA1 <= b <= 0xAC or b >= 0xAE]
+    others = [b for b in range(256) if b not in own]
+    return {chr(b): b for b in own} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+class Spans(NamedTuple):
+    """Token ids of a text and, of each, the half-open range of UTF-8 bytes that it stands for."""
+
+    ids: list[int]
+    bytes: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -70,10 +89,55 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; control tokens in it become their single ids, nothing is added around it."""
+        return self._encode(text).ids
+
+    def encode_spans(self, text: str) -> Spans:
+        """Ids of `text` with the bytes of each. A character split over tokens gives each its own bytes; only where the
+        tokenizer is not byte-level, or changes the text before it cuts it, each has the whole character."""
+        encoded = self._encode(text)
+        lengths = self._byte_lengths
+        if lengths is not None:
+            ids = encoded.ids
+            edges = list(accumulate(map(lengths.__getitem__, ids), initial=0))
+            if edges[-1] == (len(text) if text.isascii() else len(text.encode())):
+                return Spans(ids, list(pairwise(edges)))
+        to_byte = list(accumulate((len(character.encode()) for character in text), initial=0))
+        offsets = encoded.offsets
+        following = [start for start, _ in offsets[1:]] + [len(text)]  # what a normaliser takes away belongs before it
+        ends = [max(stop, after) for (_, stop), after in zip(offsets, following)]
+        return Spans(encoded.ids, [(to_byte[start], to_byte[end]) for (start, _), end in zip(offsets, ends)])
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
         try:
-            return self._inner.encode(text, add_special_tokens=False).ids
+            return self._inner.encode(text, add_special_tokens=False)
         except TypeError as error:  # how the Rust side refuses a lone surrogate, as a broken shell argument holds
             raise InputError(f"not valid Unicode text: {text[:80]!a}") from error
+
+    @cached_property
+    def _byte_lengths(self) -> list[int] | None:
+        """Bytes of each id; None where the ids do not stand for bytes. A byte-level token has a character a byte."""
+        decoder = json.loads(self._inner.to_str()).get("decoder") or {}
+        if not any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", ()))):
+            return None
+        lengths = [0] * self.vocab_size
+        for token, identity in self._inner.get_vocab(with_added_tokens=False).items():
+            lengths[identity] = len(token)
+        for identity, added in self._inner.get_added_tokens_decoder().items():
+            lengths[identity] = len(added.content.encode())
+        return lengths
+
+    @cached_property
+    def ids_by_bytes(self) -> dict[bytes, int]:
+        """The id of each byte string that is a token; without those of a tokenizer that is not byte-level."""
+        if self._byte_lengths is None:
+            return {}
+        found = {}
+        for token, identity in self._inner.get_vocab(with_added_tokens=False).items():
+            if all(character in _BYTES for character in token):
+                found[bytes(_BYTES[character] for character in token)] = identity
+        for identity, added in self._inner.get_added_tokens_decoder().items():
+            found[added.content.encode()] = identity
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included; ids beyond the tokenizer's vocabulary are dropped."""

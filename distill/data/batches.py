@@ -1,10 +1,10 @@
 """From records to batches: sequences, what is learned in each, the teacher's rows, and the order they come in.
 
-A record gives the sequence context + teacher_text, which carries kl_div (where its distributions are stored) and
-ce_teacher; its ground truth is carried by the same sequence if the texts are equal, else by a second one. Only the
-last turn is learned. A sequence longer than the limit is left out and counted, never cut: a cut answer would teach
-the student to stop early. The order is a pure function of seed, lengths and stages, so a resumed run needs only the
-number of the step.
+A record gives its conversation, in which all of the teacher's turns are learned, and neither what tools returned nor
+the dataset's own turns: they carry kl_div (where its distributions are stored) and ce_teacher. Its ground truth is the
+last turn: of the same sequence if that is its text, else of a second one, in which nothing else is learned. A sequence
+longer than the limit is left out and counted, never cut: a cut answer would teach the student to stop early. The order
+is a pure function of seed, lengths and stages, so a resumed run needs only the number of the step.
 
 Shapes: B sequences, T tokens, N target tokens, K stored ids a token.
 """
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import chat
-from distill.data.distributions import same_tokens
 from distill.data.records import Dataset, Record
+from distill.data.store.capture import learned_tokens
+from distill.data.store.distributions import Distribution, same_tokens
 from distill.errors import ConfigError, DatasetError, InputError
 from distill.tokenizer import Tokenizer
 
@@ -30,23 +31,29 @@ _BUCKET = 16
 
 
 class Example(NamedTuple):
-    """A sequence: ids, of which those from `start` are targets. The newline that closes the turn is not in it."""
+    """A sequence up to its last target: the newline that closes the turn is not in it."""
 
     record: int
     """Index in the dataset."""
     ids: NDArray[np.int32]
-    start: int
+    places: NDArray[np.int64]
+    """Where its targets are."""
     teacher: bool
     """Carries ce_teacher."""
-    ground_truth: bool
-    """Carries ce_ground_truth."""
+    truths: int
+    """How many of its last targets carry ce_ground_truth."""
     row: int | None
     """Carries kl_div: row of the store with the teacher's distributions of its targets."""
 
     @property
     def targets(self) -> int:
         """Number of target tokens."""
-        return len(self.ids) - self.start
+        return len(self.places)
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Ids of the target tokens."""
+        return self.ids[self.places]
 
 
 class Batch(NamedTuple):
@@ -126,13 +133,16 @@ class Examples:
         same = truth == record.teacher_text
         stored = record.logprobs if self.k else None
         found = []
+        last = len(record.messages) - 1
         try:
             if self._text or same or stored:
-                ids, start = encode(record, tokenizer, record.teacher_text)
-                found.append(Example(index, ids, start, self._text, same, stored.row if stored else None))
+                ids, places = learned_tokens(tokenizer, record.messages, record.tools, record.learned)
+                truths = _turn_tokens(places) if same else 0
+                found.append(Example(index, ids, places, self._text, truths, stored.row if stored else None))
             if truth is not None and not same:
-                ids, start = encode(record, tokenizer, truth)
-                found.append(Example(index, ids, start, False, True, None))
+                messages = [*record.context, chat.Message("assistant", truth)]
+                ids, places = learned_tokens(tokenizer, messages, record.tools, [last])
+                found.append(Example(index, ids, places, False, len(places), None))
         except InputError as error:
             raise DatasetError(f"{self.dataset.path}: record {record.id}: {error}") from error
         for example in found:
@@ -149,11 +159,11 @@ class Examples:
 
     @property
     def carried(self) -> dict[str, int]:
-        """Target tokens that carry each component."""
+        """Target tokens that carry each component; of kl_div, those of the turns whose distributions are stored."""
         return {
             "kl_div": sum(e.targets for e in self.items if e.row is not None),
             "ce_teacher": sum(e.targets for e in self.items if e.teacher),
-            "ce_ground_truth": sum(e.targets for e in self.items if e.ground_truth),
+            "ce_ground_truth": sum(e.truths for e in self.items),
         }
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -161,25 +171,24 @@ class Examples:
         chosen = [self.items[i] for i in indices]
         width = max(len(e.ids) for e in chosen)
         ids_BT = np.full((len(chosen), width), self.pad, np.int64)
-        n = sum(e.targets for e in chosen)
+        ends = np.cumsum([e.targets for e in chosen])
+        n = int(ends[-1])
         topk_ids = np.full((n, self.k), -1, np.int64)
         topk_lp, tail = np.full((n, self.k), -np.inf, np.float32), np.full(n, -np.inf, np.float32)
-        positions, at = [], 0
         for row, e in enumerate(chosen):
             ids_BT[row, : len(e.ids)] = e.ids
-            positions.append(row * width + np.arange(e.start - 1, len(e.ids) - 1))
-            if e.row is not None:
-                part = slice(at, at + e.targets)
-                topk_ids[part], topk_lp[part], tail[part] = self._rows(e, e.row)
-            at += e.targets
-        repeats = [e.targets for e in chosen]
+        for index, item in self._stored(chosen):
+            part = slice(int(ends[index]) - len(item.token_ids), int(ends[index]))
+            topk_ids[part], topk_lp[part], tail[part] = item.topk_ids, item.topk_logprobs, item.tail_logprob
+        positions = [row * width + e.places - 1 for row, e in enumerate(chosen)]
+        truth = [np.arange(e.targets) >= e.targets - e.truths for e in chosen]
         return Batch(
             ids_BT=torch.from_numpy(ids_BT),
             positions_N=torch.from_numpy(np.concatenate(positions)),
-            labels_N=torch.from_numpy(np.concatenate([e.ids[e.start :] for e in chosen]).astype(np.int64)),
-            teacher_N=torch.from_numpy(np.repeat([e.teacher for e in chosen], repeats)),
-            ground_truth_N=torch.from_numpy(np.repeat([e.ground_truth for e in chosen], repeats)),
-            has_distribution_N=torch.from_numpy(np.repeat([e.row is not None for e in chosen], repeats)),
+            labels_N=torch.from_numpy(np.concatenate([e.labels for e in chosen]).astype(np.int64)),
+            teacher_N=torch.from_numpy(np.repeat([e.teacher for e in chosen], [e.targets for e in chosen])),
+            ground_truth_N=torch.from_numpy(np.concatenate(truth)),
+            has_distribution_N=torch.from_numpy((topk_ids >= 0).any(1)),
             topk_ids_NK=torch.from_numpy(topk_ids),
             topk_logprobs_NK=torch.from_numpy(topk_lp),
             tail_logprob_N=torch.from_numpy(tail),
@@ -187,27 +196,26 @@ class Examples:
             records=tuple(e.record for e in chosen),
         )
 
-    def _rows(self, e: Example, row: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _stored(self, chosen: Sequence[Example]) -> Iterator[tuple[int, Distribution]]:
+        """The distributions of those of `chosen` that have some, each with its index."""
         store = self.dataset.distributions
-        assert store is not None  # a row comes from one
-        item, wanted = store[row], e.ids[e.start :]
-        if not same_tokens(item, wanted.tolist()):
-            what = f"stored for tokens {_few(item.token_ids)}, the text has {_few(wanted)}"
-            raise DatasetError(
-                f"{self.dataset.path}: record {self.dataset[e.record].id}: "
-                f"its distributions are not those of its text: {what}"
-            )
-        return item.topk_ids.astype(np.int64), item.topk_logprobs.astype(np.float32), item.tail_logprob
+        with_row = [(i, e, e.row) for i, e in enumerate(chosen) if e.row is not None]
+        if store is None or not with_row:
+            return
+        for (index, e, _), item in zip(with_row, store.take([row for _, _, row in with_row])):
+            if not same_tokens(item, e.labels.tolist()):
+                what = f"stored for tokens {_few(item.token_ids)}, the text has {_few(e.labels)}"
+                raise DatasetError(
+                    f"{self.dataset.path}: record {self.dataset[e.record].id}: "
+                    f"its distributions are not those of its text: {what}"
+                )
+            yield index, item
 
 
-def encode(record: Record, tokenizer: Tokenizer, text: str) -> tuple[NDArray[np.int32], int]:
-    """Ids of the conversation with `text` as its last turn, up to the end of the turn, and the first target's index."""
-    messages = [*record.context, chat.Message("assistant", text)]
-    encoded = chat.encode(tokenizer, messages, record.tools)
-    target = np.asarray(encoded.target)
-    last = int(np.flatnonzero(target)[-1])
-    context = np.flatnonzero(target[:last] == 0)
-    return np.asarray(encoded.ids[: last + 1], np.int32), int(context[-1]) + 1
+def _turn_tokens(places: NDArray[np.int64]) -> int:
+    """How many targets the last turn has: those that follow one another to the end."""
+    breaks = np.flatnonzero(np.diff(places) > 1)
+    return len(places) - (int(breaks[-1]) + 1 if breaks.size else 0)
 
 
 def _few(ids: NDArray[np.int32]) -> str:

@@ -1,282 +1,172 @@
 """`python -m scripts.make_kd_mix_hardened --out F --teacher SPEC --total N`: a teacher's answers as a KD dataset.
 
-Prompts are asked in a fixed order until N answers are accepted. Every answer is in the journal, on disk, before it
-counts; a run that was killed goes on where it stopped, and the dataset is built from the journal alone.
+What comes back is in the journal, on disk, before it counts; a run that was killed goes on where it stopped, and the
+dataset is built from the journal alone (distill/data/build.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from distill import chat
-from distill.artifacts import canonical_json, sha256_text
-from distill.config import as_dict, load
+from distill.artifacts import canonical_json, sweep
+from distill.config import as_dict, build, load
 from distill.data import records as kd
-from distill.data.journal import Journal
-from distill.data.prompts import STRATA, Prompt, prompts
+from distill.data.budget import Budget, OutOfBudget, usd
+from distill.data.build import Built, write
+from distill.data.episodes import Protocol
+from distill.data.generation import Generation, Plan
+from distill.data.journal import JOURNAL, Journal, Totals
+from distill.data.mix_config import MixConfig
+from distill.data.prompts.stream import describe, open_prompts
+from distill.data.sender import Sender
 from distill.data.status import Status
-from distill.data.targets import targets_of
-from distill.data.teachers import Answer, Asker, Endpoint, Sampling, Spec, Unreachable, parse_spec, reject_of
-from distill.errors import DistillError, InputError, Paused, stage_main
-from distill.tokenizer import Tokenizer
+from distill.data.teacher.admission import WINDOW, Admission
+from distill.data.teacher.opening import (
+    capabilities_of,
+    depends_on,
+    open_teacher,
+    protocol_of,
+    room,
+    server_name,
+    streams,
+)
+from distill.data.teacher.spec import Spec, parse_spec
+from distill.errors import InputError, Paused, stage_main
 
 DEFAULT_CONFIG = Path("configs/kd_mix.yaml")
-_OPERATIONAL = {"concurrency", "timeout_s", "attempts", "context"}  # they change no answer
-_DOWN_AFTER = 3  # requests in a row without any answer: the teacher is down
 
 
-class MixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """configs/kd_mix.yaml: how a teacher is asked."""
+class Job(NamedTuple):
+    """What a run is asked to do."""
 
-    model: str | None = None
-    """The endpoint's model id; null takes the only one that it lists."""
-    max_tokens: int = 256
-    """Longest answer; one that is cut off is rejected."""
-    temperature: float = 0.7
-    top_p: float = 0.95
-    concurrency: int = 16
-    """Requests in flight."""
-    timeout_s: float = 120.0
-    """Longest wait for one answer."""
-    attempts: int = 6
-    """Tries at one request before the teacher counts as not answering."""
-    context: int = 1024
-    """Tokens of context for each concurrent request of a gguf: teacher."""
-    tokenizer: str | None = None
-    """The student's tokenizer.json for an endpoint's text; a local teacher brings its own."""
-    top_k: int = 50
-    """Entries of the teacher's distribution kept for each token, of a teacher whose logits can be read."""
-    logprob_dtype: str = "F32"
-    """F32 or F16: how log-probabilities are stored."""
-    capture_dtype: str = "float32"
-    """float32 or bfloat16: what the teacher's logits are computed in."""
-    val_share: float = 0.1
-    """Share of records held out for validation, by a hash of their id."""
-    strata: dict[str, float] = msgspec.field(default_factory=lambda: dict.fromkeys(STRATA, 1.0))
-    """Weight of each kind of prompt."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "concurrency", "attempts", "context", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.val_share < 1 or not 0 < self.top_p <= 1 or self.temperature < 0 or self.timeout_s <= 0:
-            raise ValueError("val_share must be in [0, 1), top_p in (0, 1], temperature >= 0, timeout_s > 0")
-        if self.logprob_dtype not in ("F32", "F16"):
-            raise ValueError(f"logprob_dtype {self.logprob_dtype!r} is not F32 or F16")
-        if self.capture_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"capture_dtype {self.capture_dtype!r} is not float32 or bfloat16")
-
-    @property
-    def sampling(self) -> Sampling:
-        """What the teacher is told about decoding."""
-        return Sampling(self.max_tokens, self.temperature, self.top_p)
-
-
-class Request(NamedTuple):
-    """A prompt with its seed and the key under which the journal knows it."""
-
-    prompt: Prompt
+    out: Path
+    spec: Spec
+    total: int
+    config: MixConfig
     seed: int
-    key: str
+    fork: bool = False
 
 
-def requests(config: MixConfig, identity: kd.Teacher, seed: int, limit: int) -> Iterator[Request]:
-    """At most `limit` requests. A key is a hash of everything that the answer depends on, so that an answer is reused
-    only for the same question to the same teacher."""
-    sampling = msgspec.to_builtins(config.sampling)
-    for prompt in itertools.islice(prompts(config.strata, seed), limit):
-        draw = int(sha256_text(f"kd-seed/1\n{seed}\n{prompt.id}")[:8], 16) & 0x7FFFFFFF
-        body = {
-            "teacher": msgspec.to_builtins(identity),
-            "messages": msgspec.to_builtins(prompt.messages),
-            "sampling": sampling,
-            "seed": draw,
-        }
-        yield Request(prompt, draw, sha256_text("kd-request/1\n" + canonical_json(body)))
+class Made(NamedTuple):
+    """What came of it."""
 
-
-async def gather(asker: Asker, queue: Sequence[Request], total: int, config: MixConfig, journal: Journal,
-                 status: Status) -> None:  # fmt: skip
-    """Ask until `total` answers are accepted or the queue is empty. Paused if the teacher stops answering.
-
-    A request is sent only while accepted answers and those in flight are fewer than `total`, so the set that was
-    asked is the same at any concurrency.
-    """
-    pending: set[asyncio.Task[None]] = set()
-    accepted = failures = refused = 0
-    position = 0
-
-    async def one(request: Request) -> None:
-        nonlocal accepted, failures, refused
-        try:
-            answer = await asker.ask(request.prompt.messages, config.sampling, request.seed)
-        except Unreachable as error:
-            failures += 1
-            status.trouble(str(error))
-            if failures >= _DOWN_AFTER:
-                raise Paused(f"the teacher stopped answering ({error}); run the same command again to go on") from error
-            return
-        failures = 0
-        if answer.reject in ("http", "malformed") and not accepted:  # not journalled: what is wrong may be the set-up
-            refused += 1
-            if refused >= _DOWN_AFTER:
-                raise InputError(f"the teacher gives no usable answer: {answer.detail}")
-            return
-        journal.add(request.key, answer)
-        accepted += reject_of(answer) is None
-        status.answered(answer, reject_of(answer))
-
-    try:
-        while True:
-            while position < len(queue) and len(pending) < config.concurrency and accepted + len(pending) < total:
-                request, position = queue[position], position + 1
-                known = journal.get(request.key)
-                if known is None:
-                    pending.add(asyncio.create_task(one(request)))
-                else:
-                    accepted += reject_of(known) is None
-                    status.resumed(reject_of(known))
-            if not pending:
-                return
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-    finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-
-
-class Built(NamedTuple):
-    """What the journal gives: records in the order of the prompts, and what was rejected."""
-
-    records: list[kd.Record]
-    rejects: list[dict[str, Any]]
-
-
-def build(queue: Sequence[Request], journal: Journal, total: int, val_share: float) -> Built:
-    """The dataset as a pure function of the journal and the queue of requests."""
-    out = Built([], [])
-    for request in queue:
-        if len(out.records) == total:
-            break
-        answer = journal.get(request.key)
-        if answer is None:
-            continue
-        if reason := reject_of(answer):
-            out.rejects.append({"id": request.prompt.id, "reason": reason, "detail": answer.detail})
-        else:
-            out.records.append(_record(request.prompt, answer, val_share))
-    return out
-
-
-def _record(prompt: Prompt, answer: Answer, val_share: float) -> kd.Record:
-    messages = (*prompt.messages, chat.Message("assistant", answer.text))
-    return kd.Record(
-        id=prompt.id,
-        prompt=prompt.text,
-        teacher_text=answer.text,
-        ground_truth=prompt.ground_truth,
-        messages=messages,
-        run_id="",
-        split=kd.split_of(prompt.id, val_share),
-        stratum=prompt.stratum,
-        reasoning=answer.reasoning,
-        targets=targets_of(messages),
-        usage=answer.usage,
-    )
+    header: kd.Header
+    short: dict[str, int]
+    """Records missing of each stratum."""
+    spent: str
 
 
 def make(
-    out: str | Path, teacher: str, total: int, config: MixConfig, *, seed: int = 0, quiet: bool = False
-) -> kd.Header:
-    """Generate a dataset at `out`; going on where an earlier run stopped. Returns its header."""
+    out: str | Path, teacher: str, total: int, config: MixConfig, *, seed: int = 0, fork: bool = False,
+    quiet: bool = False,
+) -> Made:  # fmt: skip
+    """Generate a dataset at `out`, going on where an earlier run stopped.
+
+    Paused: stopped early, and the same command goes on. Where only the budget stopped it, a dataset of what was
+    accepted is written first.
+    """
     if total < 1:
         raise InputError(f"--total {total} must be at least 1")
-    spec = parse_spec(teacher)
-    journal = Journal(kd.sidecar(out) / "journal.jsonl")
+    job = Job(Path(out), parse_spec(teacher), total, config, seed, fork)
+    with Journal(kd.sidecar(out) / JOURNAL) as journal, Status(total, quiet=quiet) as status:
+        _sweep(job.out)
+        budget = Budget(config.budget, _spent(journal))
+        status.spending(budget, priced=config.prices is not None)
+        try:
+            built, stopped = asyncio.run(_generate(job, journal, budget, status))
+            status.phase("writing the dataset")
+            header, short = write(job.out, built, journal, status)
+        except KeyboardInterrupt:
+            raise Paused("interrupted; run the same command again to go on") from None
+    if stopped:
+        raise Paused(f"{stopped}; {header.counts['records']:,} of {total:,} records are in {out}; raise the budget and "
+                     "run the same command again to go on")  # fmt: skip
+    money = f", {usd(budget.spent.cost)} USD" if config.prices else ""
+    return Made(header, short, f"{budget.spent.tokens:,} tokens{money} spent")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed runs left half-written; the journal's lock is held."""
+    sweep(out)
+    for name in ("header.json", "logprobs.safetensors", "tokenizer.json", "rejects.jsonl", "report.json"):
+        sweep(kd.sidecar(out) / name)
+
+
+async def _generate(job: Job, journal: Journal, budget: Budget, status: Status) -> tuple[Built, OutOfBudget | None]:
+    """Open the teacher and ask it until every quota is full; what the dataset is built from, and whether the budget
+    ended it early."""
+    config = job.config
+    status.phase("opening the teacher")
+    opened = await open_teacher(job.spec, config)
     try:
-        with Status(total, quiet=quiet) as status:
-            queue, identity, tokenizer = asyncio.run(_collect(spec, total, config, seed, journal, status))
-            built = build(queue, journal, total, config.val_share)
-            if not built.records:
-                reasons = Counter(reject["reason"] for reject in built.rejects)
-                raise DistillError(f"no answer was accepted; rejected: {dict(reasons)}")
-            return _write(Path(out), built, spec, identity, tokenizer, config, seed, status)
-    except KeyboardInterrupt:
-        raise Paused(f"interrupted; {len(journal)} answers are kept: run the same command again to go on") from None
+        first = opened.most if opened.here else None
+        admission = Admission(opened.most, rpm=config.rpm, tpm=config.tpm, start=first)
+        admission.remember(journal.recent(2 * WINDOW))
+        sender = Sender(opened.transport, journal, admission, budget, config.prices, status, attempts=config.attempts)
+        can = await capabilities_of(opened, sender, journal)
+        server = await server_name(opened, journal)
+        protocol = protocol_of(opened, can, config, job.seed)
+        _require_same_run(job, protocol, journal)
+        for line in can.lines():
+            status.say(f"  {line}")
+        sender.stream = streams(protocol, can, config)
+        prompts = open_prompts(config, job.seed, tools=can.tools, room=room(opened, config, protocol))
+        for name, reason in prompts.left_out.items():
+            status.say(f"  stratum {name} is left out: {reason}")
+        plan = Plan(prompts, prompts.quotas(job.total))
+        status.phase(f"asking {opened.identity.model}")
+        generation = Generation(plan, protocol, prompts.broker, sender, journal, status, attempts=config.attempts)
+        stopped: OutOfBudget | None = None
+        try:
+            await generation.run(opened.most)
+        except OutOfBudget as error:
+            if not plan.accepted:
+                raise
+            stopped = error
+        await journal.flush()
+        return Built(plan, prompts, protocol, can, server, job.spec, opened.tokenizer, config, job.seed), stopped
     finally:
-        journal.close()
+        await opened.transport.close()
 
 
-async def _collect(
-    spec: Spec, total: int, config: MixConfig, seed: int, journal: Journal, status: Status
-) -> tuple[list[Request], kd.Teacher, Tokenizer | None]:
-    asker, identity, tokenizer = await _open(spec, config, status)
-    try:
-        # up to half of all answers may be rejected before we give up on reaching the total
-        queue = list(requests(config, identity, seed, 2 * total + 20))
-        status.phase(f"asking {identity.model}")
-        await gather(asker, queue, total, config, journal, status)
-    finally:
-        await asker.close()
-    return queue, identity, tokenizer
+def _spent(journal: Journal) -> Totals:
+    """What the journal's ledger counts as spent: settled, or perhaps served."""
+    found = journal.totals()
+    return found.get("settled", Totals()) + found.get("uncertain", Totals())
 
 
-async def _open(spec: Spec, config: MixConfig, status: Status) -> tuple[Asker, kd.Teacher, Tokenizer | None]:
-    options: dict[str, Any] = {"concurrency": config.concurrency, "timeout_s": config.timeout_s,
-                               "attempts": config.attempts}  # fmt: skip
-    if spec.kind == "endpoint":
-        tokenizer = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
-        endpoint = await Endpoint.connect(spec.target, model=config.model, **options)
-        return endpoint, endpoint.identity, tokenizer
-    from distill.data import local_teachers
-
-    status.phase("loading the teacher")
-    identity = local_teachers.identity_of(spec)
-    box_tokenizer = local_teachers.load_tokenizer(spec)
-    asker = await local_teachers.open_local(
-        spec, identity, context=config.context, dtype=config.capture_dtype, **options
-    )
-    return asker, identity, box_tokenizer
+def _require_same_run(job: Job, protocol: Protocol, journal: Journal) -> None:
+    """InputError if the journal's answers were given by another teacher or under other settings: none would be used."""
+    now = depends_on(protocol)
+    kept = journal.meta("depends_on")
+    if kept is not None and not job.fork:
+        before = msgspec.json.decode(kept)
+        changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
+                   if before.get(name) != now.get(name)]  # fmt: skip
+        if changed:
+            raise InputError(f"{journal.path} is of another run: {'; '.join(changed)}. --fork asks everything anew and "
+                             "keeps what it has; another --out leaves it alone")  # fmt: skip
+    journal.keep("depends_on", canonical_json(now))
 
 
-def _write(out: Path, built: Built, spec: Spec, identity: kd.Teacher, tokenizer: Tokenizer | None,
-           config: MixConfig, seed: int, status: Status) -> kd.Header:  # fmt: skip
-    """Capture the teacher's distributions where they can be read, and write the dataset."""
-    info, distributions = None, None
-    if spec.kind != "endpoint":
-        from distill.data import capture, local_teachers
-
-        status.phase("loading the teacher for its logits")
-        box = local_teachers.load_white_box(spec, dtype=config.capture_dtype)
-        status.capturing(len(built.records))
-        info = msgspec.convert(
-            {"k": config.top_k, "temperature": 1.0, "kind": "raw", "dtype": config.logprob_dtype}, kd.LogprobInfo
-        )
-        distributions = capture.teacher_distributions(box, built.records, config.top_k, on_tokens=status.captured)
-    header = kd.make_header(
-        config={name: value for name, value in as_dict(config).items() if name not in _OPERATIONAL} | {"seed": seed},
-        sampling=msgspec.to_builtins(config.sampling),
-        teacher=identity,
-        prompts_sha256=sha256_text("\n".join(record.id for record in built.records)),
-        tokenizer=tokenizer,
-        logprobs=info,
-    )
-    reasons = Counter(reject["reason"] for reject in built.rejects)
-    strata = Counter(record.stratum for record in built.records)
-    return kd.write_dataset(
-        out, built.records, header, distributions=distributions, tokenizer=tokenizer, rejects=built.rejects,
-        report={"rejected": dict(sorted(reasons.items())), "strata": dict(sorted(strata.items()))},
-    )  # fmt: skip
+def _config(args: argparse.Namespace) -> MixConfig:
+    """The mix, with what the command line says in its place."""
+    if args.config is None and not DEFAULT_CONFIG.is_file():
+        config = MixConfig()
+    else:
+        config = load(args.config or DEFAULT_CONFIG, MixConfig)
+    given: dict[str, Any] = {"model": args.model or config.model}
+    if args.budget_usd is not None or args.budget_tokens is not None:
+        given["budget"] = {
+            "usd": config.budget.usd if args.budget_usd is None else args.budget_usd,
+            "tokens": config.budget.tokens if args.budget_tokens is None else args.budget_tokens,
+        }
+    return build(as_dict(config) | given, MixConfig, "the mix")
 
 
 @stage_main
@@ -285,6 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distill kd-dataset",
         description="A teacher's answers as a KD dataset. Run it again to go on after a stop.",
+        epilog="Exit code 75: stopped early (Ctrl-C, budget, quota, teacher away), and nothing is lost. An endpoint's "
+        "key is read from TEACHER_API_KEY, MOONSHOT_API_KEY or OPENAI_API_KEY.",
     )
     parser.add_argument("--out", required=True, help="the dataset to write, F.jsonl")
     parser.add_argument("--teacher", required=True, help="http(s)://, gguf:FILE-or-package, hf:org/model or a folder")
@@ -292,21 +184,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="the endpoint's model id")
     parser.add_argument("--config", type=Path, help=f"a mix (default: {DEFAULT_CONFIG} where it exists)")
     parser.add_argument("--seed", type=int, default=0, help="which prompts, in which order")
+    parser.add_argument("--budget-usd", type=float, help="US dollars that may be spent, over all starts")
+    parser.add_argument("--budget-tokens", type=int, help="tokens that may be spent, over all starts")
+    parser.add_argument("--fork", action="store_true", help="go on in a journal that was begun with other settings")
+    parser.add_argument("--dry-run", action="store_true", help="show the mix; ask nothing")
     args = parser.parse_args(argv)
-    if args.config is None and not DEFAULT_CONFIG.is_file():
-        config = MixConfig()
-    else:
-        config = load(args.config or DEFAULT_CONFIG, MixConfig)
-    if args.model:
-        config = msgspec.structs.replace(config, model=args.model)
-    header = make(args.out, args.teacher, args.total, config, seed=args.seed)
-    n = header.counts
+    config = _config(args)
+    if args.dry_run:
+        for line in describe(open_prompts(config, args.seed, tools=True, room=None), args.total):
+            print(line)
+        return 0
+    made = make(args.out, args.teacher, args.total, config, seed=args.seed, fork=args.fork)
+    header, n = made.header, made.header.counts
     kept = "text only, no distributions"
     if header.logprobs:
-        kept = f"{n['completion_tokens']} top-{header.logprobs.k} distributions from {header.teacher.logits_engine}"
+        engine = header.teacher.logits_engine or "the endpoint"
+        kept = f"{n['completion_tokens']} top-{header.logprobs.k} distributions from {engine}"
     print(f"{args.out}: {n['records']} records ({n['train']} train, {n['val']} val; {n['rejected']} rejected) from "
-          f"{header.teacher.text_engine}; {kept}")  # fmt: skip
-    if n["records"] < args.total:
-        print(f"{args.total - n['records']} records short of --total {args.total}: too many answers were rejected")
-        return 1
-    return 0
+          f"{header.teacher.text_engine}; {kept}; {made.spent}")  # fmt: skip
+    for name, missing in made.short.items():
+        print(f"stratum {name} is {missing} short of its {header.quotas[name]}: its prompts are used up, or too many "
+              "answers were rejected")  # fmt: skip
+    return 1 if made.short else 0

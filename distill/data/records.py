@@ -15,15 +15,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from distill.artifacts import atomic_file, canonical_json, require_regular, sha256_file, write_json
-from distill.data.distributions import Distribution, TopK, Writer
-from distill.data.distributions import metadata as topk_metadata
+from distill.artifacts import atomic_file, require_regular, sha256_file
 from distill.data.schema import (
     Header,
     LogprobInfo,
@@ -36,7 +34,10 @@ from distill.data.schema import (
     split_of,
     turn_text,
 )
-from distill.errors import DatasetError, describe_os_error
+from distill.data.store.distributions import Distribution
+from distill.data.store.store import TopK, Writer
+from distill.data.store.store import metadata as topk_metadata
+from distill.errors import DatasetError, InputError, describe_os_error
 from distill.tokenizer import Tokenizer
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "make_header", "read_header", "read_lines", "sidecar", "split_of", "turn_text", "write_dataset",
 ]  # fmt: skip
 MAX_LINE = 64 << 20
+_JSON = msgspec.json.Encoder(decimal_format="number")
 
 
 def sidecar(path: str | Path) -> Path:
@@ -59,12 +61,13 @@ def write_dataset(
     distributions: Iterable[Distribution | None] | None = None,
     tokenizer: Tokenizer | None = None,
     rejects: Iterable[Mapping[str, Any]] = (),
-    report: Mapping[str, Any] | None = None,
+    finish: Callable[[Header], Header] = lambda header: header,
+    report: Callable[[], Mapping[str, Any]] = dict,
 ) -> Header:
-    """Write a dataset in a stream; `distributions`, in the order of the records, sets each record's `logprobs`.
+    """Write a dataset in a stream; `distributions`, in step with the records, sets each record's `logprobs`.
 
-    Every file is complete before the first is renamed, and `F.jsonl` is renamed last. Returns the header with its
-    counts and sha256s.
+    `rejects`, `finish` and `report` are asked when all records are written: for what is only known then. Every file is
+    complete before the first is renamed, and `F.jsonl` is renamed last. Returns the header with its counts and sha256s.
     """
     path, folder = Path(path), sidecar(path)
     if (distributions is None) != (header.logprobs is None) or (distributions is not None and tokenizer is None):
@@ -75,26 +78,30 @@ def write_dataset(
         rows = list_rejects = None
         if header.logprobs is not None and distributions is not None and tokenizer is not None:
             parts["logprobs.safetensors"] = stack.enter_context(atomic_file(folder / "logprobs.safetensors"))
-            writer = Writer(folder, header.logprobs.k, dtype=header.logprobs.dtype)
+            info = header.logprobs
+            writer = Writer(folder, info.k, vocab_size=tokenizer.vocab_size, codec=info.codec)
             stack.callback(writer.close)
             rows, list_rejects = writer, iter(distributions)
         counts = _write_records(data, records, header, rows, list_rejects)
         if rows is not None and tokenizer is not None:
-            rows.finish(parts["logprobs.safetensors"], _store_metadata(header, tokenizer))
+            lost = rows.finish(parts["logprobs.safetensors"], _store_metadata(header, tokenizer))
+            header = msgspec.structs.replace(header, logprobs=msgspec.structs.replace(info, kl_to_exact=lost))
             counts["completion_tokens"] = rows.tokens
         if tokenizer is not None:
             parts["tokenizer.json"] = stack.enter_context(atomic_file(folder / "tokenizer.json"))
             parts["tokenizer.json"].write_text(tokenizer.to_json(), encoding="utf-8")
         parts["rejects.jsonl"] = stack.enter_context(atomic_file(folder / "rejects.jsonl"))
-        lines = [canonical_json(dict(reject)) + "\n" for reject in rejects]
-        parts["rejects.jsonl"].write_text("".join(lines), encoding="utf-8")
+        lines = [_JSON.encode(reject) + b"\n" for reject in rejects]
+        parts["rejects.jsonl"].write_bytes(b"".join(lines))
+        parts["report.json"] = stack.enter_context(atomic_file(folder / "report.json"))
         counts["rejected"] = len(lines)
+        written = {"run_id": header.run_id, "counts": counts} | dict(report())
+        parts["report.json"].write_bytes(msgspec.json.format(_JSON.encode(written), indent=2) + b"\n")
         files = {name: sha256_file(part) for name, part in parts.items() if name != "header.json"}
-        header = msgspec.structs.replace(header, counts=counts, files={"records": sha256_file(data)} | files)
-        parts["header.json"].write_bytes(msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
+        header = msgspec.structs.replace(finish(header), counts=counts, files={"records": sha256_file(data)} | files)
+        parts["header.json"].write_bytes(msgspec.json.format(_JSON.encode(header), indent=2) + b"\n")
     if header.logprobs is None:
         (folder / "logprobs.safetensors").unlink(missing_ok=True)
-    write_json(folder / "report.json", {"run_id": header.run_id, "counts": counts} | dict(report or {}))
     return header
 
 
@@ -115,9 +122,12 @@ def _write_records(
             ref = None
             item = next(distributions) if distributions is not None else None
             if writer is not None and item is not None:
-                ref = LogprobRef(writer.add(item), len(item.token_ids), writer.k)
+                try:
+                    ref = LogprobRef(writer.add(item), len(item.token_ids), writer.k)
+                except InputError as error:
+                    raise InputError(f"record {record.id}: {error}") from error
             record = msgspec.structs.replace(record, run_id=header.run_id, logprobs=ref)
-            file.write(msgspec.json.encode(record) + b"\n")
+            file.write(_JSON.encode(record) + b"\n")
             counts["records"] += 1
             counts[record.split] += 1
     return counts
@@ -133,6 +143,9 @@ def _store_metadata(header: Header, tokenizer: Tokenizer) -> dict[str, str]:
         temperature=header.logprobs.temperature,
         vocab_size=tokenizer.vocab_size,
         run_id=header.run_id,
+        kind=header.logprobs.kind,
+        tail=header.logprobs.tail,
+        teacher_sha256=header.teacher.weights_sha256,
     )
 
 

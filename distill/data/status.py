@@ -1,87 +1,144 @@
-"""What a generation run shows while it goes: accepted, rejected, rate, time left."""
+"""What a generation run shows while it goes: rate, accepted, rejected, cost, time left."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from distill.data.teachers import Answer
+from distill.data.budget import Budget, usd
+from distill.data.episodes import Accepted, Rejected
+
+_TROUBLE_EVERY = 5.0  # seconds between two lines about the same kind of trouble
+_LINE_EVERY = 15.0  # seconds between two lines where stderr is no terminal
 
 
 class Status:
-    """A progress bar on stderr, where stderr is a terminal; a line now and then where it is not."""
+    """A progress bar on stderr where stderr is a terminal, a line now and then where it is not.
+
+    Counting is cheap and happens with each answer; showing happens on a thread of its own.
+    """
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
+        self._live = self._console.is_terminal and not quiet
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), console=self._console, disable=not self._live, refresh_per_second=5,
         )  # fmt: skip
-        self._total = total
         self._task = self._progress.add_task("starting", total=total, note="")
-        self._restart()
+        self._budget: Budget | None = None
+        self._priced = False
+        self.rejects: Counter[str] = Counter()
+        self._said: dict[str, float] = {}
+        self._halt = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="status", daemon=True)
+        self._restart(total)
 
-    def _restart(self) -> None:
-        self._began, self._tokens, self._rejected, self._resumed = time.monotonic(), 0, 0, 0
-        self._done = self._said = 0
+    def _restart(self, total: int) -> None:
+        self._began, self._total = time.monotonic(), total
+        self._accepted = self._known = self._tokens = self._ended = 0
 
     def __enter__(self) -> Status:
         self._progress.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._halt.set()
+        self._thread.join()
+        self._refresh()
         self._progress.stop()
 
-    def phase(self, name: str) -> None:
-        """A new phase begins."""
+    def phase(self, name: str, total: int | None = None) -> None:
+        """A new phase begins; with `total`, one of so many records."""
+        if total is not None:
+            self._restart(total)
+            self._progress.update(self._task, total=total, completed=0, note="")
         self._progress.update(self._task, description=name)
-        if not self._console.is_terminal:
-            self._console.print(name, highlight=False)
+        if not self._live:
+            self.say(name)
 
-    def resumed(self, reject: str | None) -> None:
-        """An answer was in the journal already."""
-        self._resumed += reject is None
-        self._advance(reject)
+    def spending(self, budget: Budget, *, priced: bool) -> None:
+        """Where to read what is spent."""
+        self._budget, self._priced = budget, priced
 
-    def answered(self, answer: Answer, reject: str | None) -> None:
-        """An answer came in."""
-        self._tokens += answer.usage.completion if answer.usage else 0
-        self._advance(reject)
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _advance(self, reject: str | None) -> None:
-        self._rejected += reject is not None
-        note = f"{self._rejected} rejected" + (f", {self._resumed} from the journal" if self._resumed else "")
-        rate = self._tokens / max(time.monotonic() - self._began, 1e-3)
-        self._show(int(reject is None), f"{note}, {rate:.0f} tokens/s")
-
-    def trouble(self, text: str) -> None:
-        """A request failed for good."""
-        self._console.print(f"no answer: {text}", highlight=False, markup=False)
-
-    def capturing(self, total: int) -> None:
-        """Reading logits begins."""
-        self._restart()
-        self.phase("reading the teacher's logits")
-        self._total = total
-        self._progress.update(self._task, total=total, completed=0, note="")
+    def ended(self, end: Accepted | Rejected, *, fresh: bool) -> None:
+        """An episode ended; `fresh` unless the journal had it already."""
+        if isinstance(end, Accepted):
+            self._accepted += 1
+        else:
+            self.rejects[end.reason] += 1
+        if fresh:
+            self._ended += 1
+            self._tokens += sum(usage.completion for usage in end.usages)
+        else:
+            self._known += isinstance(end, Accepted)
 
     def captured(self, tokens: int) -> None:
         """A record's logits were read."""
+        self._accepted += 1
+        self._ended += 1
         self._tokens += tokens
-        rate = self._tokens / max(time.monotonic() - self._began, 1e-3)
-        self._show(1, f"{rate:.0f} tokens/s")
 
-    def _show(self, advance: int, note: str) -> None:
-        """Move the bar; without a terminal, a line every tenth of the way."""
-        self._progress.update(self._task, advance=advance, note=note)
-        self._done += advance
-        tenth = self._done * 10 // max(self._total, 1)
-        if not self._console.is_terminal and advance and tenth > self._said:
-            self._said = tenth
-            left = (time.monotonic() - self._began) / self._done * (self._total - self._done)
-            self._console.print(f"  {self._done:,} of {self._total:,}  {note}  {left:.0f} s left", highlight=False)
+    def waiting(self, detail: str) -> None:
+        """The teacher asks us to wait."""
+        self._trouble("waiting", f"waiting: {detail}")
+
+    def failed(self, detail: str) -> None:
+        """An attempt failed, and is tried again."""
+        self._trouble("failed", f"trying again: {detail}")
+
+    def _trouble(self, kind: str, text: str) -> None:
+        now = time.monotonic()
+        if now - self._said.get(kind, -_TROUBLE_EVERY) >= _TROUBLE_EVERY:
+            self._said[kind] = now
+            self.say(text[:300])
+
+    def stopping(self, times: int) -> None:
+        """Somebody asked us to stop."""
+        if times == 1:
+            self.say("stopping when the requests in flight are answered; once more to drop them (they may be billed)")
+
+    def _show(self) -> None:
+        last, began = -1, time.monotonic()
+        while not self._halt.wait(0.2):
+            if self._live:
+                self._refresh()
+            elif time.monotonic() - began > _LINE_EVERY and self._accepted != last:
+                last, began = self._accepted, time.monotonic()
+                self.say(f"  {self._accepted:,} of {self._total:,}  {self._note()}")
+
+    def _refresh(self) -> None:
+        self._progress.update(self._task, completed=self._accepted, note=self._note())
+
+    def _note(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        parts = [f"{self._ended / seconds:,.1f}/s", f"{self._tokens / seconds:,.0f} tokens/s"]
+        if self._known:
+            parts.append(f"{self._known:,} from the journal")
+        if rejected := self.rejects.total():
+            parts.append(f"{rejected:,} rejected ({self.rejects.most_common(1)[0][0]})")
+        if self._budget and self._priced:
+            limit = self._budget.limits.usd
+            parts.append(f"{usd(self._budget.spent.cost)}{f' of {limit:g}' if limit else ''} USD")
+        gained = self._accepted - self._known
+        if gained and self._accepted < self._total:
+            parts.append(_clock(seconds / gained * (self._total - self._accepted)) + " left")
+        return ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from distill import chat
 from distill.artifacts import sha256_text
 from distill.data import records as kd
-from distill.data.distributions import Distribution, capture
-from distill.data.targets import targets_of
+from distill.data.schema import Call, Turn
+from distill.data.store.distributions import Distribution, capture
+from distill.data.targets import lay_out
 from distill.data.toy_material import ANSWERS, INTENTS, LEADS, OPENINGS, TIMES, TOOLS, TOPICS, TRAILS
 from distill.errors import InputError, stage_main
 from distill.tokenizer import TURN_END, Tokenizer, toy_tokenizer
@@ -63,9 +64,9 @@ def build(kind: str = "tools", n: int = 128, seed: int = 0) -> ToySet:
         config={"kind": kind, "n": n, "seed": seed},
         sampling={"decoding": "argmax", "favourite": FAVOURITE, "noise": NOISE},
         teacher=kd.Teacher("toy", f"toy-{kind}", text_engine="answer trie", logits_engine="answer trie"),
-        prompts_sha256=sha256_text("\n".join(sample.prompt for sample in samples)),
+        prompts_sha256=sha256_text("\n".join(record.id for record in made)),
         tokenizer=tokenizer,
-        logprobs=kd.LogprobInfo(TOP_K, 1.0, "raw", "F32"),
+        logprobs=kd.LogprobInfo(k=TOP_K, temperature=1.0, kind="raw", tail="logsumexp", codec="exact"),
     )
     return ToySet(made, distributions, header)
 
@@ -89,13 +90,15 @@ def held_out_questions(n: int = 50, seed: int = 0) -> list[str]:
     return [sample.prompt for sample in _pick("8-ball", n, seed, held_out=True)]
 
 
-def _answers(kind: str) -> list[chat.Message]:
-    if kind == "8-ball":
-        return [chat.Message("assistant", answer) for answer in ANSWERS]
-    return [
-        chat.Message("assistant", i.answer) if isinstance(i.answer, str) else chat.Message("assistant", "", (i.answer,))
-        for i in INTENTS
-    ]
+def _answers(kind: str) -> list[Turn]:
+    return [_turn(answer) for answer in (ANSWERS if kind == "8-ball" else [intent.answer for intent in INTENTS])]
+
+
+def _turn(answer: str | chat.ToolCall) -> Turn:
+    if isinstance(answer, str):
+        return Turn("assistant", answer, origin="teacher", finish_reason="stop")
+    call = Call(answer.name, answer.arguments, "call_0")
+    return Turn("assistant", tool_calls=(call,), origin="teacher", finish_reason="tool_calls")
 
 
 def _universe(kind: str) -> Iterable[tuple[str, int]]:
@@ -149,9 +152,10 @@ def _offer(kind: str, prompt: str, answer: int) -> list[dict[str, Any]]:
     return [TOOLS[name] for name in names[:2]]
 
 
-def _record(kind: str, sample: Sample, turns: Sequence[chat.Message]) -> kd.Record:
-    messages = (chat.Message("user", sample.prompt), turns[sample.answer])
+def _record(kind: str, sample: Sample, turns: Sequence[Turn]) -> kd.Record:
+    messages = (Turn("user", sample.prompt), turns[sample.answer])
     text = kd.turn_text(messages[-1])
+    layout = lay_out(messages, sample.tools, toy_tokenizer())
     return kd.Record(
         id=f"{kind}-{_hash(sample.prompt):016x}",
         prompt=sample.prompt,
@@ -162,7 +166,8 @@ def _record(kind: str, sample: Sample, turns: Sequence[chat.Message]) -> kd.Reco
         run_id="",
         split="train",
         stratum="plain" if kind == "tools" and not messages[-1].tool_calls else kind,
-        targets=targets_of(messages, sample.tools),
+        render=layout.rendered,
+        targets=layout.targets,
     )
 
 

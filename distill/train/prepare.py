@@ -109,9 +109,13 @@ def describe(it: Run) -> str:
         f"{c.stage}: {it.start.student.config.n_params():,} parameters, {c.dtype} on {it.device}; "
         f"{len(it.train):,} sequences, {len(it.steps):,} steps"
     ]
+    if wanted["kl_div"] and 0 < carried["kl_div"] < carried["ce_teacher"]:
+        lines.append(f"kl_div: {carried['kl_div']:,} of {carried['ce_teacher']:,} target tokens have distributions")
     for name, weight in wanted.items():
         if weight and not carried[name]:
-            lines.append(f"{name} is absent: no record of {c.data} has {_NEEDS[name]}")
+            text_only = name == "kl_div" and it.train.dataset.header.logprobs is None
+            lines.append(f"{name} is absent: {c.data} is text-only" if text_only
+                         else f"{name} is absent: no record of {c.data} has {_NEEDS[name]}")  # fmt: skip
     if it.train.too_long:
         lines.append(
             f"{it.train.too_long:,} sequences are longer than {c.stages()[-1].max_length} tokens and are left out"

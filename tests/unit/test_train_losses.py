@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.data.distributions import capture
+from distill.data.store.distributions import capture
 from distill.train.losses import Term, cross_entropy, kl_dense, kl_topk, weighted_total
 
 

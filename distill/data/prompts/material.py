@@ -96,13 +96,9 @@ STYLES = ("more formal", "friendlier", "shorter", "simpler", "more polite", "mor
           "in the past tense", "as advice", "as a short message to a friend")  # fmt: skip
 
 PASSAGES = tuple(
-    f"{a} {b} {c}"
-    for a, b, c in zip(
-        SENTENCES,
-        SENTENCES[7:] + SENTENCES[:7],
-        SENTENCES[13:] + SENTENCES[:13],
-        strict=True,
-    )
+    f"{SENTENCES[i]} {SENTENCES[(i + second) % len(SENTENCES)]} {SENTENCES[(i + third) % len(SENTENCES)]}"
+    for second, third in ((7, 13), (5, 11), (3, 17), (9, 19), (1, 10), (15, 4), (20, 8), (2, 16))
+    for i in range(len(SENTENCES))
 )
 
 KINDS = (
@@ -196,8 +192,8 @@ TEMPLATES: dict[str, Template] = {
         (KINDS, ("two", "three", "four", "five", "six")),
     ),
     "dialogue": Template(
-        ("Write one sentence to say to {0}; it should be {1}.", "What would you say to {0}? Be {1}.",
-         "Give me a reply for {0} that is {1}.", "Write two sentences for {0}, in a tone that is {1}."),
+        ("Write one {1} sentence to say to {0}.", "What {1} words would you find for {0}?",
+         "Give me a reply, {1} in tone, for {0}.", "Write two sentences for {0} and keep them {1}."),
         (SITUATIONS, MOODS),
     ),
     "assistant": Template(

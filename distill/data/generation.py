@@ -1,0 +1,217 @@
+"""Generation: workers that play episodes until every stratum has its quota of accepted ones.
+
+The prompts of a stratum are asked in their order, and one is sent only while accepted episodes and those in flight
+are fewer than the quota. So the set that is asked is the same at any concurrency, and whatever was interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distill.broker import Broker
+from distill.data.episodes import Accepted, Protocol, Rejected, advance, episode
+from distill.data.journal import Answer, Journal
+from distill.data.prompts.stream import Prompt, PromptStream
+from distill.data.sender import Request, Sender, Stopped, Unanswered
+from distill.data.status import Status
+from distill.errors import Paused, Terminated
+
+_DOWN_AFTER = 3  # prompts in a row that got no answer: the teacher is away
+_GIVE_UP_AFTER = 3  # times the attempts that a request is worth
+_DRAIN = 2.0  # seconds that SIGTERM leaves to what is in flight
+
+
+class Plan:
+    """Which prompt is asked next, and how far each stratum is."""
+
+    def __init__(self, stream: PromptStream, quotas: Mapping[str, int]) -> None:
+        self._stream, self.quotas = stream, dict(quotas)
+        self.pulled: list[Prompt] = []
+        """In the order of the stream: what the dataset is built from."""
+        self.accepted: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self._pending: Counter[str] = Counter()
+        self._buffers: defaultdict[str, deque[Prompt]] = defaultdict(deque)
+        self._again: deque[Prompt] = deque()
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def pending(self) -> int:
+        """Episodes in flight."""
+        return self._pending.total()
+
+    def needs(self, stratum: str) -> bool:
+        """Whether another prompt of a stratum may be asked: up to half of all answers may be rejected."""
+        quota = self.quotas.get(stratum, 0)
+        open_ = self.accepted[stratum] + self._pending[stratum]
+        return open_ < quota and open_ + self.rejected[stratum] < most_asked(quota)
+
+    def take(self) -> Prompt | None:
+        """The next prompt to ask, or None if nothing is wanted for now."""
+        needy = [name for name in self.quotas if self.needs(name)]
+        for name in needy:
+            if self._buffers[name]:
+                return self._start(self._buffers[name].popleft())
+        while any(name not in self._stream.exhausted for name in needy):
+            prompt = next(self._stream, None)
+            if prompt is None:
+                break
+            self.pulled.append(prompt)
+            if self.needs(prompt.stratum):
+                return self._start(prompt)
+            self._buffers[prompt.stratum].append(prompt)
+        return self._again.popleft() if self._again else None
+
+    def _start(self, prompt: Prompt) -> Prompt:
+        self._pending[prompt.stratum] += 1
+        return prompt
+
+    def finish(self, prompt: Prompt, end: Accepted | Rejected) -> None:
+        """An episode has ended."""
+        self._pending[prompt.stratum] -= 1
+        (self.accepted if isinstance(end, Accepted) else self.rejected)[prompt.stratum] += 1
+        self._wake()
+
+    def put_back(self, prompt: Prompt) -> None:
+        """An episode got no answer for now: it comes again after all others, and keeps its place in the quota: else
+        which prompts are asked would depend on what went wrong on the way."""
+        self._again.append(prompt)
+        self._wake()
+
+    async def changed(self) -> None:
+        """Wait until an episode ends."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiters.append(future)
+        await future
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for future in waiters:
+            if not future.done():
+                future.set_result(None)
+
+
+def most_asked(quota: int) -> int:
+    """Prompts of a stratum that are asked at most for `quota` records."""
+    return 2 * quota + 20
+
+
+class Generation:
+    """One run over a plan."""
+
+    def __init__(self, plan: Plan, protocol: Protocol, broker: Broker, sender: Sender, journal: Journal,
+                 status: Status, *, attempts: int) -> None:  # fmt: skip
+        self._plan, self._protocol, self._broker, self._sender = plan, protocol, broker, sender
+        self._journal, self._status, self._attempts = journal, status, attempts
+        self._down = 0
+
+    async def run(self, workers: int) -> None:
+        """Ask until every quota is full or its prompts are used up.
+
+        Paused when stopped by Ctrl-C, by the budget or by a teacher that went away: the journal has all that came.
+        """
+        tasks = [asyncio.create_task(self._work()) for _ in range(workers)]
+        try:
+            with _signals(self._sender, tasks, self._status) as stopped:
+                await self._watch(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if stopped:
+            raise (
+                Terminated if signal.SIGTERM in stopped else Paused("interrupted; run the same command again to go on")
+            )
+
+    async def _watch(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Wait for all workers. When one fails, the others finish what they have in flight."""
+        pending: set[asyncio.Task[None]] = set(tasks)
+        failure: BaseException | None = None
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if not task.cancelled() and (error := task.exception()) and not isinstance(error, Stopped):
+                    failure = failure or error
+                    self._sender.stop()
+        if failure:
+            raise failure
+
+    async def _work(self) -> None:
+        while not self._sender.stopping.is_set():
+            prompt = self._plan.take()
+            if prompt is not None:
+                await self._play(prompt)
+            elif self._plan.pending:
+                await self._plan.changed()
+            else:
+                return
+
+    async def _play(self, prompt: Prompt) -> None:
+        play = episode(prompt, self._protocol, self._broker)
+        fresh, end = False, None
+        try:
+            step = advance(play)
+            while isinstance(step, Request):
+                answer = self._journal.answer(step.key)
+                if answer is None:
+                    answer, fresh = await self._ask(step), True
+                    self._down = 0
+                step = advance(play, answer)
+            end = step
+        except Unanswered as error:
+            self._down += 1
+            if self._down >= _DOWN_AFTER:
+                raise Paused(f"the teacher stopped answering ({error}); run the same command again to go on") from error
+        finally:
+            if end is None:
+                self._plan.put_back(prompt)
+            else:
+                self._plan.finish(prompt, end)
+                self._status.ended(end, fresh=fresh)
+
+    async def _ask(self, request: Request) -> Answer:
+        """An answer, or after many failures of this request, while others are answered, that there is none."""
+        try:
+            return await self._sender.ask(request)
+        except Unanswered as error:
+            if self._journal.failures(request.key) < _GIVE_UP_AFTER * self._attempts:
+                raise
+            detail = f"unanswered: {error}"
+            self._journal.give_up(request.key, detail)
+            return Answer(b"", detail)
+
+
+@contextlib.contextmanager
+def _signals(sender: Sender, tasks: list[asyncio.Task[None]], status: Status) -> Iterator[list[int]]:
+    """The first Ctrl-C lets what is in flight finish, a second one drops it. SIGTERM waits no longer than _DRAIN."""
+    loop = asyncio.get_running_loop()
+    got: list[int] = []
+
+    def drop() -> None:
+        for task in tasks:
+            task.cancel()
+
+    def stop(number: int) -> None:
+        if got or number == signal.SIGTERM:
+            loop.call_later(0 if got else _DRAIN, drop)
+        got.append(number)
+        sender.stop()
+        status.stopping(len(got))
+
+    before: dict[int, Any] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.getsignal(number)
+        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: signals are the caller's
+            loop.add_signal_handler(number, stop, number)
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            with contextlib.suppress(ValueError, RuntimeError):
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)

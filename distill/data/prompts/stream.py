@@ -1,0 +1,345 @@
+"""The prompts of a mix: built-in strata and files, interleaved by weight, without duplicates, in one order for ever.
+
+The order is a function of the mix and the seed alone, so a longer run begins with the prompts of a shorter one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple, Protocol
+
+from distill.broker import Broker, Tool, read_fixtures, read_tools
+from distill.data.prompts.contamination import ContaminationIndex
+from distill.data.prompts.similarity import NearDuplicates, Sketch
+from distill.data.prompts.sources import Source, SourceConfig
+from distill.data.prompts.strata import TOOL_STRATA, WEIGHTS, Prompt, built_in, capacity
+from distill.data.prompts.tool_material import BY_NAME, TOOLS
+from distill.errors import ConfigError
+
+__all__ = [
+    "STRATA",
+    "WEIGHTS",
+    "Dropped",
+    "Prompt",
+    "PromptStream",
+    "SourceConfig",
+    "describe",
+    "open_prompts",
+    "prompts",
+]
+
+STRATA = tuple(WEIGHTS)
+MAX_DROPPED = 10_000  # drops kept with their evidence; all are counted
+_TOO_LONG = 200  # in a row, and a stratum is given up
+_CHUNK, _CHUNK_CHARACTERS = 128, 1 << 17  # of a stratum drawn ahead: hashing many at once is quick
+
+
+class Mix(Protocol):
+    """The keys of a mix that say which prompts are asked (distill/data/mix_config.py)."""
+
+    @property
+    def strata(self) -> Mapping[str, float]: ...
+    @property
+    def sources(self) -> Sequence[SourceConfig]: ...
+    @property
+    def tools(self) -> Sequence[str]: ...
+    @property
+    def fixtures(self) -> Sequence[str]: ...
+    @property
+    def long_context_tokens(self) -> int: ...
+    @property
+    def near_duplicates(self) -> float: ...
+    @property
+    def decontaminate(self) -> Sequence[str]: ...
+
+
+class Dropped(NamedTuple):
+    """A prompt that is not asked, and why."""
+
+    id: str
+    stratum: str
+    reason: str
+    """duplicate, near_duplicate, contaminated or too_long."""
+    evidence: str
+    text: str
+    """Its beginning."""
+
+
+class _Stratum(NamedTuple):
+    weight: float
+    capacity: int | None
+    """Most prompts it can have, where that is not beyond all wishes."""
+    open: Callable[[], Iterator[Prompt]]
+
+
+class PromptStream:
+    """The prompts of a mix, one after another."""
+
+    def __init__(
+        self,
+        strata: Mapping[str, _Stratum],
+        *,
+        near_duplicates: float = 0.8,
+        evaluation: ContaminationIndex | None = None,
+        room: int | None = None,
+        left_out: Mapping[str, str] | None = None,
+        broker: Broker | None = None,
+    ) -> None:
+        """`room`: tokens that a prompt may take; None for any number."""
+        self.left_out = dict(left_out or {})
+        """Strata that are not asked at all, each with the reason."""
+        self.dropped: list[Dropped] = []
+        """Prompts that were not asked, with evidence: the first MAX_DROPPED."""
+        self.drops: Counter[tuple[str, str]] = Counter()
+        """How many, by stratum and reason."""
+        self.exhausted: set[str] = set()
+        """Strata that have given their last prompt."""
+        self.broker = broker or Broker(TOOLS)
+        """Answers the calls of all tools that the prompts offer."""
+        self._strata = dict(strata)
+        self._threshold, self._room = near_duplicates, room
+        self._evaluation = evaluation or ContaminationIndex()
+        self._ahead = {name: _Ahead(stratum.open(), near_duplicates) for name, stratum in strata.items()}
+        if room is not None:
+            self._leave_out_long(room)
+        if not self._strata:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
+            raise ConfigError(f"no stratum is left to ask ({reasons})" if reasons else "strata: no positive weight")
+        self._given = dict.fromkeys(self._strata, 0)
+        self._index = NearDuplicates(near_duplicates)
+        self._texts: dict[str, str] = {}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each stratum that is asked."""
+        return {name: stratum.weight for name, stratum in self._strata.items()}
+
+    @property
+    def decontamination(self) -> dict[str, str]:
+        """Evaluation sets that the prompts are held against: name and sha256."""
+        return dict(self._evaluation.sha256s)
+
+    def __iter__(self) -> PromptStream:
+        return self
+
+    def __next__(self) -> Prompt:
+        while len(self.exhausted) < len(self._strata):
+            # the stratum that is furthest behind its share: an even, seedless interleaving
+            name = min(
+                (name for name in self._strata if name not in self.exhausted),
+                key=lambda s: ((self._given[s] + 1) / self._strata[s].weight, s),
+            )
+            prompt = self._kept(name, self._ahead[name], self._index, self._drop)
+            if prompt is not None:
+                self._given[name] += 1
+                return prompt
+            self.exhausted.add(name)
+        raise StopIteration
+
+    def quotas(self, total: int) -> dict[str, int]:
+        """Records wanted of each stratum, `total` in all, in proportion to the weights (largest remainder).
+
+        A stratum that has fewer prompts gives what it has; its share falls to the others.
+        """
+        wanted = shares(self.weights, {}, total)
+        limits: dict[str, int] = {}
+        for name, stratum in self._strata.items():
+            # counting what really is there takes time, and is needed only where it may run short
+            if stratum.capacity is not None and 4 * wanted[name] > stratum.capacity:
+                limits[name] = self._count(name, 4 * wanted[name])
+        return shares(self.weights, limits, total)
+
+    def _count(self, name: str, enough: int) -> int:
+        """Prompts of a stratum by itself that would be kept, `enough` at most."""
+        ahead, index = _Ahead(self._strata[name].open(), self._threshold), NearDuplicates(self._threshold)
+        count = 0
+        while count < enough and self._kept(name, ahead, index, lambda *_: None) is not None:
+            count += 1
+        return count
+
+    def _kept(self, name: str, ahead: _Ahead, index: NearDuplicates,
+              drop: Callable[[Prompt, str, str], None]) -> Prompt | None:  # fmt: skip
+        """The next prompt of a stratum that is not dropped; None where there is none."""
+        too_long = 0
+        for prompt, sketch in ahead:
+            if self._room is not None and prompt.needs_tokens > self._room:
+                drop(prompt, "too_long", f"about {prompt.needs_tokens} tokens, and there is room for {self._room}")
+                too_long += 1
+                if too_long == _TOO_LONG:
+                    return None
+            elif hits := self._evaluation.hits(said(prompt)):
+                drop(prompt, "contaminated", "; ".join(f"{hit.set} {hit.item}: {hit.ngram}" for hit in hits))
+            elif match := index.find(sketch):
+                same = match.similarity == 1
+                evidence = match.key if same else f"{match.key}, similarity {match.similarity:.2f}"
+                drop(prompt, "duplicate" if same else "near_duplicate", evidence)
+            else:
+                index.insert(prompt.id, sketch)
+                return prompt
+        return None
+
+    def _drop(self, prompt: Prompt, reason: str, evidence: str) -> None:
+        self.drops[prompt.stratum, reason] += 1
+        if len(self.dropped) < MAX_DROPPED:
+            where = f"{prompt.source} " if prompt.source else ""
+            self.dropped.append(Dropped(prompt.id, prompt.stratum, reason, where + evidence, prompt.text[:80]))
+
+    def _leave_out_long(self, room: int) -> None:
+        """Leave out strata whose first prompts are all too long, so that nobody waits for one that fits."""
+        for name in list(self._strata):
+            least = min((prompt.needs_tokens for prompt in self._ahead[name].peek(16)), default=0)
+            if least > room:
+                self.left_out[name] = f"a prompt takes about {least} tokens, and there is room for {room}"
+                del self._strata[name]
+
+
+class _Ahead:
+    """The prompts of a stratum with their sketches, drawn in growing chunks."""
+
+    def __init__(self, prompts: Iterator[Prompt], threshold: float) -> None:
+        self._prompts, self._maker = prompts, NearDuplicates(threshold)
+        self._queue: deque[tuple[Prompt, Sketch]] = deque()
+        self._size = 4
+
+    def __iter__(self) -> Iterator[tuple[Prompt, Sketch]]:
+        while self._queue or self._fill(self._size):
+            yield self._queue.popleft()
+
+    def peek(self, n: int) -> list[Prompt]:
+        """The next n, without taking them."""
+        self._fill(n - len(self._queue))
+        return [prompt for prompt, _ in self._queue]
+
+    def _fill(self, n: int) -> bool:
+        chunk: list[Prompt] = []
+        characters = 0
+        for prompt in itertools.islice(self._prompts, max(0, n)):
+            chunk.append(prompt)
+            characters += len(prompt.text)
+            if characters > _CHUNK_CHARACTERS:
+                break
+        self._size = min(_CHUNK, 2 * self._size)
+        self._queue.extend(zip(chunk, self._maker.sketch([said(prompt) for prompt in chunk]), strict=True))
+        return bool(chunk)
+
+
+def open_prompts(mix: Mix, seed: int, *, tools: bool, room: int | None) -> PromptStream:
+    """The prompts of a mix for a teacher that can call `tools` or not, and has `room` tokens for a prompt, or no
+    limit. Every file is read and checked here; ConfigError and DatasetError say what is wrong."""
+    unknown = sorted(set(mix.strata) - set(STRATA))
+    if unknown or any(not 0 <= weight < 1e9 for weight in mix.strata.values()):
+        raise ConfigError(f"strata: {', '.join(unknown) or 'a weight below 0'}; known: {', '.join(STRATA)}")
+    user_tools = [tool for path in mix.tools for tool in read_tools(path)]
+    sources = [Source(source, BY_NAME | {tool.name: tool for tool in user_tools}) for source in mix.sources]
+    user_tools += _brought(sources)
+    broker = Broker([*TOOLS, *user_tools], read_fixtures(mix.fixtures, user_tools))
+    strata: dict[str, _Stratum] = {}
+    left_out: dict[str, str] = {}
+    for name, weight in mix.strata.items():
+        if weight and name in TOOL_STRATA and not tools:
+            left_out[name] = "the teacher cannot call tools"
+        elif weight:
+            size = mix.long_context_tokens
+            if name == "long_context" and room is not None and room < size:
+                size = max(room * 9 // 10, min(1000, size))
+            strata[name] = _Stratum(weight, capacity(name), _opener(name, seed, size))
+    for source in sources:
+        counts = source.counts
+        for name, weight in source.weights.items():
+            if name in strata or name in left_out:
+                raise ConfigError(f"{source.path}: stratum {name} is in the mix already; name this one with `stratum`")
+            strata[name] = _Stratum(weight, counts[name], _file_opener(source, name, seed, tools))
+            if not tools and next(strata[name].open(), None) is None:
+                left_out[name] = "the teacher cannot call tools"
+                del strata[name]
+    return PromptStream(
+        strata, near_duplicates=mix.near_duplicates, evaluation=ContaminationIndex.load(mix.decontaminate), room=room,
+        left_out=left_out, broker=broker,
+    )  # fmt: skip
+
+
+def prompts(weights: Mapping[str, float], seed: int) -> Iterator[Prompt]:
+    """Built-in prompts of these strata, without limits of room."""
+    unknown = sorted(set(weights) - set(STRATA))
+    if unknown or any(not 0 <= weight < 1e9 for weight in weights.values()):
+        raise ConfigError(f"strata: {', '.join(unknown) or 'a weight below 0'}; known: {', '.join(STRATA)}")
+    return PromptStream({
+        name: _Stratum(weight, capacity(name), _opener(name, seed, 4000)) for name, weight in weights.items() if weight
+    })  # fmt: skip
+
+
+def shares(weights: Mapping[str, float], limits: Mapping[str, int], total: int) -> dict[str, int]:
+    """Whole numbers in proportion to the weights that sum to `total`: largest remainder, then by name. None exceeds
+    its limit, unless all are at theirs."""
+    free, left = dict(weights), total
+    out: dict[str, int] = {}
+    while True:
+        scale = Fraction(left) / sum(map(Fraction, free.values()))
+        full = {name for name, weight in free.items() if limits.get(name, total) < Fraction(weight) * scale}
+        if full == set(free):  # nobody has room: the total cannot be reached, and everybody is short in proportion
+            free, left, out = dict(weights), total, {}
+            scale = Fraction(left) / sum(map(Fraction, free.values()))
+            break
+        if not full:
+            break
+        out |= {name: limits[name] for name in full}
+        left -= sum(limits[name] for name in full)
+        free = {name: weight for name, weight in free.items() if name not in full}
+    exact = {name: Fraction(weight) * scale for name, weight in free.items()}
+    out |= {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (int(exact[name]) - exact[name], name))
+    for name in by_remainder[: total - sum(out.values())]:
+        out[name] += 1
+    return {name: out[name] for name in weights}
+
+
+def describe(stream: PromptStream, total: int) -> Iterator[str]:
+    """What a mix holds, a line at a time, before anything is asked or paid."""
+    quotas = stream.quotas(total)
+    counts: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for _, prompt in zip(range(total), stream, strict=False):
+        counts[prompt.stratum] += 1
+        tokens[prompt.stratum] += prompt.needs_tokens
+    reasons = ("duplicate", "near_duplicate", "contaminated", "too_long")
+    heads = ("quota", "prompts", "tokens", "same", "near", "contam.", "too long")
+    yield f"{'stratum':<20} " + " ".join(f"{head:>9}" for head in heads)
+    for name, quota in quotas.items():
+        drops = (stream.drops[name, reason] for reason in reasons)
+        numbers = (quota, counts[name], tokens[name], *drops)
+        yield f"{name:<20} " + " ".join(f"{value:>9}" for value in numbers)
+    numbers = (total, counts.total(), tokens.total())
+    yield f"{'in all':<20} " + " ".join(f"{value:>9}" for value in numbers) + "  tokens of the prompts are estimated"
+    for name, why in stream.left_out.items():
+        yield f"{name} is left out: {why}"
+    for name, digest in stream.decontamination.items():
+        yield f"held against {name} (sha256 {digest[:16]})"
+    for reason in reasons:
+        for drop in [drop for drop in stream.dropped if drop.reason == reason][:3]:
+            yield f"{reason}: {drop.stratum} {drop.text!a}: {drop.evidence[:160]!a}"
+
+
+def said(prompt: Prompt) -> str:
+    """What is compared of a prompt: all that the user says."""
+    return "\n".join(message.content for message in prompt.messages if message.role == "user")
+
+
+def _opener(name: str, seed: int, size: int) -> Callable[[], Iterator[Prompt]]:
+    return lambda: built_in(name, seed, size)
+
+
+def _file_opener(source: Source, name: str, seed: int, tools: bool) -> Callable[[], Iterator[Prompt]]:
+    return lambda: (prompt for prompt in source.prompts(name, seed) if tools or not prompt.tools)
+
+
+def _brought(sources: Iterable[Source]) -> list[Tool]:
+    """Tools that files of prompts define; equal definitions in two files are one."""
+    found: dict[str, Tool] = {}
+    for source in sources:
+        for tool in source.tools.values():
+            if found.setdefault(tool.name, tool) != tool:
+                raise ConfigError(f"{source.path}: tool {tool.name} is defined otherwise in another file")
+    return list(found.values())

@@ -1,0 +1,260 @@
+"""What users say when a tool is needed, when one call needs another's result, and when no tool is needed at all.
+
+A place such as {city} is filled by `SLOTS`; each of several places of a kind gets a value of its own. {date} is a day
+after today, each later than the one before; {past} a day before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from distill.data.prompts.simulators import PHRASES, WORDS
+from distill.data.prompts.tool_material import EVENTS, PEOPLE, PLACES
+from distill.draw import Draw
+
+
+class Case(NamedTuple):
+    """A request, and the tools that it needs or that tempt."""
+
+    tools: tuple[str, ...]
+    text: str
+
+
+_DAYS = ("today", "tomorrow", "on Friday", "next Monday", "this weekend", "on Sunday", "the day after tomorrow",
+         "tonight",
+         "next Wednesday", "on Thursday")  # fmt: skip
+_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
+
+
+def _letters(draw: Draw, n: int) -> str:
+    return "".join(draw.choice(_LETTERS) for _ in range(n))
+
+
+SLOTS: dict[str, tuple[str, ...] | Callable[[Draw], str]] = {
+    "city": ("Oslo", "Lisbon", "Nairobi", "Kyoto", "Lima", "Montreal", "Dublin", "Warsaw", "Seville", "Hanoi", "Bergen",
+             "Naples", "Accra", "Cape Town", "Reykjavik", "Porto", "Leipzig", "Quito", "Wellington", "Zagreb", "Ghent",
+             "Tallinn", "Split", "Bremen", "Turin", "Malmo", "Cork", "Lyon", "Graz", "Utrecht"),
+    "when": _DAYS,
+    "time": lambda draw: f"{draw.between(7, 20)}:{draw.choice(('00', '15', '30', '45'))}",
+    "person": PEOPLE,
+    "first": tuple(name.split()[0] for name in PEOPLE),
+    "mail": tuple(f"{name.split()[0].lower()}.{name.split()[1].lower()}@example.com" for name in PEOPLE),
+    "topic": ("electric bicycles", "sourdough starters", "tax rules for freelancers", "noise-cancelling headphones",
+              "train strikes", "heat pumps", "rental prices", "visa rules for students", "battery recycling",
+              "hiking trails in the Alps", "the new museum", "indoor plants for dark rooms", "remote work contracts",
+              "ergonomic chairs", "used cameras", "community gardens", "language schools", "bread machines"),
+    "number": lambda draw: str(draw.between(3, 980)),
+    "decimal": lambda draw: f"{draw.between(2, 480)}.{draw.between(1, 99):02}",
+    "amount": lambda draw: str(draw.choice((15, 20, 35, 48, 75, 99, 120, 150, 240, 310, 499, 750, 1200, 2500))
+                               + draw.below(40)),
+    "currency": ("euros", "US dollars", "British pounds", "Japanese yen", "Swiss francs", "Swedish kronor",
+                 "Canadian dollars", "Australian dollars", "Indian rupees", "Brazilian reais"),
+    "lengths": ("miles to kilometres", "feet to metres", "inches to centimetres", "kilometres to miles",
+                "pounds to kilograms", "ounces to grams", "kilograms to pounds", "US gallons to litres",
+                "litres to US cups",
+                "degrees Fahrenheit to Celsius", "degrees Celsius to Fahrenheit", "kilowatt hours to kilojoules",
+                "hours to minutes", "days to hours"),
+    "event": EVENTS,
+    "matter": ("the budget", "the new office", "our trip", "the contract", "Saturday's match", "the draft",
+               "the photos",
+               "the invoice", "the party", "the repair", "the course", "the interview"),
+    "folder": ("reports", "Downloads", "photos/2026", "src/app", "invoices", "notes", "backup", "music/live", "docs",
+               "data/raw"),
+    "extension": ("PDF", "CSV", "Python", "Markdown", "JSON", "text", "log"),
+    "file": ("notes/plan.md", "config/settings.yaml", "reports/summary.txt", "logs/server.log", "src/app/main.py",
+             "data/sales.csv", "docs/setup.md", "todo.txt", "src/app/parser.py", "README.md"),
+    "category": ("pharmacy", "cafe", "restaurant", "hotel", "museum", "car park", "supermarket"),
+    "spot": (*PLACES, "the main station", "the town hall", "the airport", "the university", "Bridge Street 12",
+             "the harbour", "the hospital"),
+    "mode": ("on foot", "by bicycle", "by car", "by public transport"),
+    "symbol": ("AAPL", "MSFT", "SAP", "NVDA", "TSLA", "AMZN", "SHEL", "TM", "SONY", "ADBE", "INTC", "ORCL"),
+    "phrase": tuple(PHRASES), "word": tuple(WORDS),
+    "language": ("French", "German", "Spanish", "Italian"),
+    "chore": ("water the plants", "call the dentist", "take out the bins", "pay the rent", "renew the passport",
+              "buy a birthday card", "charge the bike lights", "return the library books", "book the ferry",
+              "check the smoke alarm", "order cat food", "send the tax form", "collect the parcel",
+              "defrost the freezer"),
+    "music": ("some quiet jazz", "Slow Rivers", "piano music", "songs by the Tin Roof Band", "a film soundtrack",
+              "Northern Lamp", "dance music from the nineties", "classical guitar", "rain sounds", "folk songs"),
+    "room": ("kitchen", "living room", "bedroom", "office"),
+    "device": ("lamp", "heating", "blinds", "fan", "coffee machine"),
+    "identifier": ("parse_header", "MAX_RETRIES", "load_config", "UserSession", "send_batch", "is_valid", "TokenCache",
+                   "on_message", "retry_after", "build_index"),
+    "repository": ("billing-service", "mobile-app", "search-api", "infra-tools", "website", "data-pipeline"),
+    "project": ("WEB", "APP", "INFRA", "DATA", "SHOP", "DOCS"),
+    "defect": ("login fails on Fridays", "the export has no header", "images load twice", "the total is off by a cent",
+               "search ignores accents", "the app crashes offline", "dates are shown in the wrong zone",
+               "the back button does nothing", "mails are sent twice", "the chart has no legend"),
+    "order": lambda draw: f"ORD-{draw.between(100_000, 999_999)}",
+    "tracking": lambda draw: f"{_letters(draw, 2)}{draw.between(100_000_000, 999_999_999)}",
+    "table": ("customers", "orders", "products", "employees"),
+    "url": lambda draw: f"https://{draw.choice(('shop', 'api', 'status', 'docs', 'mail', 'blog'))}.example."
+                        f"{draw.choice(('com', 'org', 'net'))}/{draw.choice(('health', 'login', 'v1/items', 'index'))}",
+    "note": lambda draw: f"N-{draw.between(1000, 9999)}",
+    "length": ("15", "20", "30", "45", "60", "90", "120"),
+    "minutes": lambda draw: str(draw.between(2, 95)),
+    "dish": ("pasta", "tea", "the cake", "the rice", "a nap", "the laundry", "eggs", "the pizza", "stretching",
+             "the stew"),
+    "airport": ("OSL", "LIS", "CDG", "MAD", "DUB", "ARN", "VIE", "PRG", "ATH", "AMS", "CPH", "ZRH", "WAW", "BCN"),
+}  # fmt: skip
+
+# verb phrases, so that they can stand alone and together
+REQUESTS: dict[str, tuple[str, ...]] = {
+    "get_weather": ("check the weather in {city} {when}", "tell me whether it will rain in {city} {when}",
+                    "look up how warm it gets in {city} {when}, in degrees Fahrenheit"),
+    "web_search": ("search the web for {topic}", "find three recent articles about {topic}",
+                   "look up what example.org says about {topic}"),
+    "calculate": ("work out {number} times {decimal}", "add up {decimal}, {decimal} and {decimal}",
+                  "divide {number} by {number} and round to two decimals",
+                  "find the average of {number}, {number} and {number}"),
+    "convert_units": ("convert {decimal} {lengths}", "turn {number} {lengths}"),
+    "convert_currency": ("convert {amount} {currency} to {currency}",
+                         "find out what {amount} {currency} are in {currency}"),
+    "find_events": ("list what is in my calendar {when}", "see whether {event} is in my calendar {when}",
+                    "show my work appointments between {date} and {date}"),
+    "create_event": ("put {event} into my calendar for {date} at {time}",
+                     "schedule {length} minutes with {person} on {date} at {time} about {matter}"),
+    "search_email": ("find unread mails from {person}", "look for mails about {matter}",
+                     "show the last five mails from {person} since {past}"),
+    "send_email": ("mail {mail} that {matter} must wait",
+                   "send {mail} and {mail} a note that we meet at {time} about {matter}",
+                   "write to {mail} with high priority: please look at {matter} {when}"),
+    "list_files": ("list the {extension} files in {folder}", "show what was changed last in {folder}",
+                   "tell me how large the files in {folder} are"),
+    "read_file": ("show me {file}", "read the first {minutes} lines of {file}",
+                  "tell me what {file} says about the timeout"),
+    "search_notes": ("search my notes for {matter}", "find the note about {topic}"),
+    "get_directions": ("get directions from {spot} to {spot} {mode}",
+                       "find out how long it takes from {spot} to {spot} {mode}"),
+    "find_places": ("find a {category} near {spot}",
+                    "look for a {category} within two kilometres of {spot} that is open now"),
+    "find_contact": ("look up the phone number of {person}", "find the address that I have for {first}"),
+    "get_stock_quote": ("get the price of {symbol}", "see how the {symbol} share is doing"),
+    "translate": ("translate \"{phrase}\" into {language}", "tell me how to say \"{phrase}\" in {language}"),
+    "set_reminder": ("remind me on {date} at {time} to {chore}",
+                     "set a weekly reminder from {date} at {time} to {chore}"),
+    "play_music": ("play {music} in the {room}", "put on {music} in the {room} at volume {minutes}"),
+    "set_device": ("turn off the {device} in the {room}", "switch the {device} in the {room} on",
+                   "set the {device} in the {room} to {minutes} percent"),
+    "search_code": ("find where {identifier} is used in {repository}",
+                    "search {repository} for the exact spelling {identifier}"),
+    "create_ticket": ("open a ticket in {project}: {defect}",
+                      "file an urgent ticket in {project} for {first}: {defect}"),
+    "find_tickets": ("list open tickets of {project}", "show the tickets of {project} that {first} works on"),
+    "get_order": ("look up order {order}", "check what happened to order {order}"),
+    "track_shipment": ("track parcel {tracking}", "find out where shipment {tracking} is"),
+    "query_table": ("find the {table} with an amount above {number}", "get ten rows of {table} created before {past}",
+                    "count the {table} whose name starts with {first}"),
+    "check_url": ("check whether {url} is up", "see which HTTP status {url} gives"),
+    "set_timer": ("set a timer of {minutes} minutes for {dish}", "start a {minutes}-minute timer called {dish}"),
+    "define_word": ("look up the word {word}", "find the definition of {word}"),
+    "search_flights": ("find flights from {airport} to {airport} on {date}",
+                       "search direct flights from {airport} to {airport} on {date} for two adults and a child"),
+    "date_difference": ("count the days from {date} to {date}",
+                        "find out how many weeks lie between {date} and {date}"),
+}  # fmt: skip
+
+SINGLE = ("Please {a}.", "Can you {a}?", "{A}.", "Could you {a} for me?", "I need you to {a}.", "{A}, please.",
+          "Would you {a}? Thanks.", "Hi! Please {a}.", "I'm in a hurry: {a}.",
+          "One thing before I leave: {a}.")  # fmt: skip
+PARALLEL = ("Two things: {a}, and {b}.", "Please {a}, and also {b}.", "{A}. At the same time, {b}.",
+            "I need you to {a} and to {b}.", "First {a}. Independently of that, {b}.",
+            "Could you {a}? And {b}, please.")  # fmt: skip
+TRIPLE = ("Three things at once: {a}; {b}; {c}.", "Please {a}, {b} and {c}.", "{A}. {B}. {C}. Thanks!",
+          "Before lunch: {a}, then I also want you to {b}, and {c}.")  # fmt: skip
+SAME = (
+    Case(("get_weather",), "Compare the weather in {city}, {city} and {city} {when}."),
+    Case(("get_weather",), "Where will it be warmer {when}, in {city} or in {city}?"),
+    Case(("get_stock_quote",), "Which of {symbol}, {symbol} and {symbol} moved most today?"),
+    Case(("convert_currency",), "What are {amount} {currency} in {currency} and in {currency}?"),
+    Case(("translate",), "How do I say \"{phrase}\" in {language} and in {language}?"),
+    Case(("define_word",), "What do {word}, {word} and {word} mean? Look them up."),
+    Case(("track_shipment",), "Where are my parcels {tracking} and {tracking}?"),
+    Case(("get_order",), "Check the orders {order}, {order} and {order}."),
+    Case(("check_url",), "Are {url} and {url} both up?"),
+    Case(("set_device",), "Turn off the {device} in the {room} and the {device} in the {room}."),
+    Case(("find_contact",), "I need the numbers of {person}, {person} and {person}."),
+    Case(("read_file",), "Do {file} and {file} say the same?"),
+)  # fmt: skip
+OPENINGS = (
+    "",
+    "",
+    "",
+    "Hello! ",
+    "Quick one: ",
+    "Hi! ",
+    "Good morning. ",
+    "Me again. ",
+    "For my plans: ",
+    "If you can: ",
+)
+CHAINS = (
+    Case(("find_contact", "send_email"),
+         "Find {first}'s address in my contacts and mail that {matter} is settled for {date}."),
+    Case(("get_order", "track_shipment"), "Where is the parcel of order {order} right now?"),
+    Case(("find_events", "move_event"), "Move my {event} on {date} to {time} the same day."),
+    Case(("search_notes", "append_to_note"), "Add \"ask {first} {when}\" to my note about {matter}."),
+    Case(("list_files", "read_file"), "Show me the newest {extension} file in {folder}."),
+    Case(("search_flights", "book_flight"),
+         "Book the cheapest flight from {airport} to {airport} on {date} for {person}."),
+    Case(("get_stock_quote", "convert_currency"), "What does one {symbol} share cost in {currency}?"),
+    Case(("get_stock_quote", "calculate"), "What would {number} shares of {symbol} cost me at the last price?"),
+    Case(("find_places", "get_directions"),
+         "How do I get {mode} from {spot} to the best rated {category} near {spot}?"),
+    Case(("find_events", "get_weather"), "Will it rain in {city} during my first appointment on {date}?"),
+    Case(("search_email", "create_event"),
+         "Put the date from {person}'s last mail about {matter} into my calendar at {time}."),
+    Case(("find_tickets", "send_email"), "Mail {mail} the titles of the open tickets of {project}."),
+    Case(("search_code", "read_file"),
+         "Find {identifier} in {repository} and show me the lines around the first match."),
+    Case(("query_table", "calculate"), "What is the average amount of the first four {table} above {number}?"),
+    Case(("date_difference", "set_reminder"),
+         "Count the days from {date} to {date}; remind me at {time} on the last day to {chore}."),
+    Case(("check_url", "create_ticket"),
+         "If {url} does not answer with 200, open a high ticket in {project} that says so."),
+    Case(("get_weather", "set_device"),
+         "If it gets below ten degrees in {city} {when}, switch on the heating in the {room}."),
+    Case(("web_search", "append_to_note"), "Find an article about {topic} and save its link in note {note}."),
+    Case(("find_contact", "get_directions"),
+         "Look up {person} and then the way {mode} from {spot} to {spot} where we meet."),
+    Case(("convert_units", "calculate"), "Convert {decimal} {lengths}, then multiply the result by {number}."),
+)  # fmt: skip
+CONTROLS = (
+    Case(("get_weather",), "Why is it often windy near the sea? I live in {city}."),
+    Case(("get_weather",), "In {city} it is {minutes} degrees now and it was {minutes} yesterday. Did it get warmer?"),
+    Case(("web_search",), "In your own words, what are {topic} about? No research, please."),
+    Case(("web_search",), "Give me two good search terms for {topic}; I'll search myself {when}."),
+    Case(("calculate",), "What does it mean to round {decimal} to the nearest whole number?"),
+    Case(("convert_units",), "Which is longer, a mile or a kilometre? I only need to know for {spot}."),
+    Case(("convert_currency",), "What is an exchange rate? {first} asked me before a trip with {currency}."),
+    Case(("find_events", "create_event"),
+         "How would you plan a calm day with {event} at {time}? Just advice, change nothing."),
+    Case(("create_event",), "Suggest a friendlier title for my event \"{event} with {first}\"."),
+    Case(("send_email",), "Draft a mail to {first} about {matter}. Don't send it, I want to read it first."),
+    Case(("send_email", "search_email"), "Is \"Dear {first}\" or \"Hi {first}\" better in a mail about {matter}?"),
+    Case(("list_files", "read_file"), "What is usually kept in a folder called {folder}?"),
+    Case(("read_file",),
+         "What is the difference between a {extension} file and a plain text file? I have {file} in mind."),
+    Case(("search_notes",), "Give me a tip to keep notes about {topic} short."),
+    Case(("get_directions",), "Is it usually healthier to travel {mode} than to sit all day? I go to {spot} daily."),
+    Case(("find_places",), "What makes a good {category}? I want to open one near {spot}."),
+    Case(("get_stock_quote",), "Explain what a share such as {symbol} is to {first}, who is eleven."),
+    Case(("translate",), "Which language is harder for English speakers, {language} or {language}, and why?"),
+    Case(("set_reminder",), "Thanks, I have already set the reminder to {chore} for {date}!"),
+    Case(("set_timer",),
+         "{dish} needs {minutes} minutes and I have {minutes} minutes already. How would you decide when to stop?"),
+    Case(("play_music",), "Why does music help {first} to concentrate in the {room}?"),
+    Case(("set_device",), "How can the {device} in the {room} save energy? Leave it as it is."),
+    Case(("search_code",), "Is {identifier} a good name for something in {repository}? Just your opinion."),
+    Case(("create_ticket",), "Reword this ticket title, I'll file it myself: \"{defect}\" in {project}."),
+    Case(("get_order", "track_shipment"),
+         "My order {order} came {when}, all is well. Write a thank-you line to the shop."),
+    Case(("query_table",), "Which columns would you give a table called {table}? We have {number} rows on paper."),
+    Case(("check_url",), "Which parts does the address {url} have, and what is each called?"),
+    Case(("define_word",), "Use the words {word} and {word} in one sentence about {city}."),
+    Case(("search_flights",), "What should {first} pack for a short flight from {airport} to {airport}?"),
+    Case(("date_difference",), "Is {date} before or after {date}?"),
+    Case(("find_contact",), "{person} and {person} have the same birthday. What could I write on both cards?"),
+    Case(("find_tickets",), "What is the difference between a bug and a task? {first} asks because of {project}."),
+)  # fmt: skip

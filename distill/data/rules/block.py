@@ -1,0 +1,247 @@
+"""Blocks of a dataset under the rules of one record, in this process or in several.
+
+A file is read in blocks that end with a line; each is checked wherever a process is free, and comes back in the file's
+order with what was found and a tally for the rules of the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from distill.data import records as kd
+from distill.data.prompts.contamination import ContaminationIndex
+from distill.data.prompts.similarity import NearDuplicates
+from distill.data.rules import secrets
+from distill.data.rules.files import STORE
+from distill.data.rules.record import RULES
+from distill.data.rules.view import Context, View
+from distill.data.rules.whole import NEAR_DUPLICATE, Tally
+from distill.data.store.distributions import Distribution
+from distill.data.store.store import TopK
+from distill.errors import DatasetError, DistillError, InputError, describe_os_error
+from distill.tokenizer import Tokenizer
+
+MAX_FINDINGS = 1000  # kept in the report; all are counted
+BLOCK = 4 << 20
+_GROUP = 64  # records whose distributions are in memory at once
+
+
+class Options(NamedTuple):
+    """What is checked, and how."""
+
+    rules: Literal["structural", "all"] = "all"
+    pii: Literal["allow", "report", "refuse"] = "report"
+    eval_sets: tuple[Path, ...] = ()
+    jobs: int = 1
+
+
+class Done(NamedTuple):
+    """A block under the rules of one record. Lines count from 1 within it."""
+
+    lines: int
+    found: list[tuple[str, int, str]]
+    broken: Counter[str]
+    tally: Tally
+    malformed: tuple[int, str] | None
+    """Where the file stops being JSON lines, and why."""
+
+
+class Checker:
+    """What holds blocks against the rules: one in each process."""
+
+    def __init__(self, path: Path, header: kd.Header, options: Options) -> None:
+        self._header, self._options = header, options
+        self._deep = options.rules == "all"
+        self.store: TopK | None = None
+        self.problems: list[tuple[str, str, str]] = []
+        tokenizer = self._open("header", kd.sidecar(path) / "tokenizer.json", Tokenizer.from_file)
+        if self._deep:
+            self.store = self._open("distributions", kd.sidecar(path) / STORE, TopK)
+        evaluation = ContaminationIndex.load(options.eval_sets) if self._deep and options.eval_sets else None
+        self.context = Context(header, tokenizer, evaluation)
+        self._sketching = NearDuplicates(NEAR_DUPLICATE) if self._deep else None
+        skipped_rules = {"personal_data"} if options.pii == "allow" else set()
+        self._rules = [
+            (name, rule.check) for name, rule in RULES.items()
+            if (rule.structural or self._deep) and name not in skipped_rules
+        ]  # fmt: skip
+
+    def _open(self, rule: str, file: Path, opener: Callable[[Path], Any]) -> Any:
+        if file.name not in self._header.files:
+            return None
+        try:
+            return opener(file)
+        except InputError as error:
+            self.problems.append((rule, file.name, str(error)))
+            return None
+
+    def check(self, data: bytes) -> Done:
+        """Hold whole lines against the rules."""
+        with _uncollected():
+            return self._check(data)
+
+    def _check(self, data: bytes) -> Done:
+        lines = data.split(b"\n")
+        done = Done(len(lines) - 1, [], Counter(), Tally(self._sketching), self._cut_off(lines))
+        last = done.malformed[0] - 1 if done.malformed else len(lines) - 1
+        group: list[tuple[int, kd.Record]] = []
+        for number in range(1, last + 1):
+            try:
+                record = _DECODER.decode(lines[number - 1])
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                if not _is_json(lines[number - 1]):
+                    done = done._replace(malformed=(number, str(error)))
+                    break
+                self._note(done, "schema", number, str(error))
+                continue
+            group.append((number, record))
+            if len(group) == _GROUP:
+                self._check_group(group, done)
+                group = []
+        self._check_group(group, done)
+        done.tally.close()
+        return done
+
+    def _check_group(self, group: list[tuple[int, kd.Record]], done: Done) -> None:
+        rows = [record.logprobs.row for _, record in group if record.logprobs] if self.store is not None else []
+        stored = self._take(rows)
+        for number, record in group:
+            try:
+                self._check_one(record, stored, number, done)
+            except (ValueError, OverflowError, RecursionError) as error:
+                self._note(done, "schema", number, f"holds values that cannot be written as JSON again: {error}")
+
+    def _check_one(self, record: kd.Record, stored: dict[int, Distribution | str], number: int, done: Done) -> None:
+        view = View(record, self.context, stored.get(record.logprobs.row) if record.logprobs else None)
+        done.tally.see(record, view.tools, number)
+        for name, check in self._rules:
+            for what in check(view):
+                self._note(done, name, number, what)
+
+    def _take(self, rows: list[int]) -> dict[int, Distribution | str]:
+        if self.store is None or not rows:
+            return {}
+        try:
+            return dict(zip(rows, self.store.take(rows)))
+        except InputError:
+            return {row: self._one(self.store, row) for row in rows}
+
+    @staticmethod
+    def _one(store: TopK, row: int) -> Distribution | str:
+        try:
+            return store[row]
+        except InputError as error:
+            return str(error).removeprefix(f"{store.path}: ")
+
+    @staticmethod
+    def _note(done: Done, rule: str, line: int, what: str) -> None:
+        done.broken[rule] += 1
+        if done.broken[rule] <= MAX_FINDINGS:
+            done.found.append((rule, line, withheld(what)))
+
+    @staticmethod
+    def _cut_off(lines: list[bytes]) -> tuple[int, str] | None:
+        blank = next((n for n, line in enumerate(lines[:-1], 1) if not line.strip()), None)
+        if blank is not None:
+            return blank, "the line is blank"
+        return (len(lines), "the line is cut off") if lines[-1] else None
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for cycles: records have none, and looking at each of them takes as long as reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+_DECODER = msgspec.json.Decoder(kd.Record)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True
+
+
+def withheld(what: str) -> str:
+    """A finding as it may be shown: a message that quotes a secret or personal data is not."""
+    if secrets.secret_in(what) or secrets.personal_in(what):
+        return "withheld, for it quotes what looks like a secret or personal data"
+    return what
+
+
+def stream(path: Path, header: kd.Header, options: Options, checker: Checker, digest: Any) -> Iterator[Done]:
+    """Every block under the rules, in the file's order; `digest` hears the file's bytes."""
+    if options.jobs <= 1:
+        for block in _blocks(path, digest):
+            yield checker.check(block)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, _start, (path, header, options)) as pool:
+        try:
+            yield from _in_order(pool, _blocks(path, digest), 2 * options.jobs)
+        except BrokenProcessPool as error:
+            raise DistillError(f"{path}: a process that was checking it has died; try fewer --jobs") from error
+
+
+def _in_order(pool: Executor, blocks: Iterator[bytes], ahead: int) -> Iterator[Done]:
+    waiting: deque[Future[Done]] = deque()
+    for block in blocks:
+        waiting.append(pool.submit(_check, block))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_checker: Checker | None = None
+
+
+def _start(path: Path, header: kd.Header, options: Options) -> None:
+    global _checker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _checker = Checker(path, header, options)
+
+
+def _check(block: bytes) -> Done:
+    assert _checker is not None
+    return _checker.check(block)
+
+
+def _blocks(path: Path, digest: Any) -> Iterator[bytes]:
+    """The file in pieces that end with a line. DatasetError of a line that is absurdly long."""
+    rest = b""
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(BLOCK):
+                digest.update(data)
+                end = data.rfind(b"\n") + 1
+                if not end:
+                    rest += data
+                    if len(rest) > kd.MAX_LINE:
+                        raise DatasetError(f"{path}: a line is longer than {kd.MAX_LINE >> 20} MiB")
+                    continue
+                yield rest + data[:end]
+                rest = data[end:]
+    except OSError as error:
+        raise DatasetError(f"cannot read dataset {describe_os_error(error, path)}") from error
+    if rest:
+        yield rest

@@ -1,0 +1,217 @@
+"""One request until it is answered: admission, reservation, attempts, journal.
+
+What each attempt may cost is on disk before it is sent, and what came of it before anybody acts on it. Nobody sleeps
+while holding a permit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from distill.artifacts import canonical_json, sha256_text
+from distill.data.budget import Budget, Prices, prompt_bound
+from distill.data.journal import Answer, Journal, Settlement
+from distill.data.schema import Usage
+from distill.data.teacher.admission import Admission
+from distill.data.teacher.outcomes import Outcome, judge
+from distill.data.teacher.transport import Exchange, Transport
+from distill.errors import InputError, Paused
+
+T = TypeVar("T")
+_LONGEST_BACKOFF = 60.0
+_BYTES_PER_TOKEN = 3  # of a prompt, roughly: for limits a minute, which a server keeps by its own estimate
+_LONGEST_REFUSAL = 30 * 60.0  # seconds of nothing but 429 after which the run pauses
+
+
+class Request(NamedTuple):
+    """What is sent, and the key under which the journal knows it."""
+
+    key: bytes
+    body: Mapping[str, Any]
+
+
+class Unanswered(Exception):
+    """Every attempt at one request failed in a way that may pass; `exchange` is the last one."""
+
+    def __init__(self, detail: str, exchange: Exchange) -> None:
+        super().__init__(detail)
+        self.exchange = exchange
+
+
+class Stopped(Exception):
+    """The run is stopping: nothing more is sent."""
+
+
+class Watcher(Protocol):
+    """Who is told what happens."""
+
+    def waiting(self, detail: str) -> None: ...
+    def failed(self, detail: str) -> None: ...
+
+
+class Sender:
+    """Sends requests of one run to one teacher."""
+
+    def __init__(self, transport: Transport, journal: Journal, admission: Admission, budget: Budget,
+                 prices: Prices | None, watcher: Watcher, *, attempts: int, stream: bool = False) -> None:  # fmt: skip
+        self._transport, self._journal, self._admission, self._budget = transport, journal, admission, budget
+        self._prices, self._watcher, self._attempts = prices, watcher, attempts
+        self.stream = stream
+        self.stopping = asyncio.Event()
+        self._waiting: set[asyncio.Task[Any]] = set()
+
+    def stop(self) -> None:
+        """Send nothing more: whoever waits for a turn gets Stopped; what is in flight is not touched."""
+        self.stopping.set()
+        for task in self._waiting:
+            task.cancel()
+
+    async def ask(self, request: Request) -> Answer:
+        """The answer, in the journal by the time this returns.
+
+        Unanswered after the last attempt, Stopped when the run stops first, Paused where only time or money helps,
+        InputError where the teacher refuses us.
+        """
+        if self.stream:
+            request = request._replace(body={**request.body, "stream_options": {"include_usage": True}})
+        exchange, outcome = await self._until_final(request, "answer", self.stream)
+        if outcome.kind == "answer":
+            return Answer(exchange.body, reply=outcome.reply)
+        return Answer(b"", outcome.detail)
+
+    async def probe(self, body: Mapping[str, Any], stream: bool) -> Exchange:
+        """One call of the probe: retried and entered in the ledger like any other."""
+        key = bytes.fromhex(sha256_text("kd-probe/1\n" + canonical_json([dict(body), stream])))
+        try:
+            exchange, _ = await self._until_final(Request(key, body), "probe", stream)
+        except Unanswered as error:
+            if error.exchange.status >= 500 and (body.get("tools") or body.get("logprobs") or stream):
+                return error.exchange  # how some servers say that they cannot do this
+            raise Paused(f"the teacher does not answer ({error}); run the same command again to go on") from error
+        return exchange
+
+    async def _until_final(self, request: Request, purpose: str, stream: bool) -> tuple[Exchange, Outcome]:
+        failures = 0
+        while True:
+            exchange, outcome = await self._attempt(request, purpose, stream)
+            if outcome.kind in ("answer", "dead"):
+                return exchange, outcome
+            if outcome.kind == "refused":
+                raise InputError(f"the teacher refuses: {outcome.detail}")
+            if outcome.kind == "quota":
+                raise Paused(f"the teacher's quota is used up ({outcome.detail}); run the same command again to go on")
+            if outcome.kind == "cooldown":
+                self._cool(outcome)
+                continue
+            failures += 1
+            self._watcher.failed(outcome.detail)
+            if failures >= self._attempts:
+                raise Unanswered(outcome.detail, exchange)
+            backoff = random.uniform(0, min(_LONGEST_BACKOFF, 2.0 ** (failures - 1)))
+            await self._sleep(backoff if outcome.wait is None else outcome.wait)
+
+    def _cool(self, outcome: Outcome) -> None:
+        """A 429: everybody waits; it costs no attempt, but not for ever."""
+        self._watcher.waiting(outcome.detail)
+        since = self._admission.throttled_since
+        if since is not None and time.monotonic() - since > _LONGEST_REFUSAL:
+            raise Paused(f"the teacher has been refusing for {_LONGEST_REFUSAL / 60:.0f} minutes ({outcome.detail}); "
+                         "run the same command again to go on")  # fmt: skip
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+        except TimeoutError:
+            return
+        raise Stopped
+
+    async def _attempt(self, request: Request, purpose: str, stream: bool) -> tuple[Exchange, Outcome]:
+        """One exchange between reserving and settling."""
+        tokens, cost, likely = self._most(request.body)
+        reservation = await self._turn(self._budget.reserve(tokens, cost))
+        end = Settlement("released", 0, "cancelled")
+        try:
+            permit = await self._turn(self._admission.acquire(likely))
+            try:
+                number, written = self._journal.reserve(request.key, purpose, tokens, cost)
+                try:
+                    await written
+                    end = Settlement("uncertain", 0, "cancelled")
+                    exchange = await self._transport.post(request.body, stream=stream)
+                    outcome = judge(exchange, time.time())
+                    end = self._settlement(exchange, outcome)
+                    if outcome.kind == "cooldown":
+                        permit.throttled(outcome.wait)
+                    elif outcome.kind == "answer":
+                        permit.succeeded()
+                    self._enter(request.key, purpose, number, end, exchange, outcome)
+                except asyncio.CancelledError:
+                    if end.detail == "cancelled":
+                        self._journal.settle(number, end)
+                    raise
+            finally:
+                permit.close(_tokens(end))
+        finally:
+            released = end.state == "released"
+            reservation.settle(0 if released else _tokens(end), 0 if released else end.cost)
+        if outcome.kind == "answer":
+            self._require_within(end, tokens, cost)
+        return exchange, outcome
+
+    async def _turn(self, wait: Coroutine[Any, Any, T]) -> T:
+        """Wait for something that may take long; Stopped if the run stops before it comes."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self.stopping.is_set():
+            wait.close()
+            raise Stopped
+        self._waiting.add(task)
+        try:
+            return await wait
+        except asyncio.CancelledError:
+            if self.stopping.is_set() and task.uncancel() == 0:
+                raise Stopped from None
+            raise
+        finally:
+            self._waiting.discard(task)
+
+    def _enter(self, key: bytes, purpose: str, number: int, end: Settlement, exchange: Exchange,
+                     outcome: Outcome) -> None:  # fmt: skip
+        if purpose == "answer" and outcome.kind == "answer":
+            self._journal.settle_with(number, end, key, Answer(exchange.body))
+        elif purpose == "answer" and outcome.kind == "dead":
+            self._journal.settle_with(number, end, key, Answer(b"", outcome.detail))
+        else:
+            self._journal.settle(number, end)
+
+    def _settlement(self, exchange: Exchange, outcome: Outcome) -> Settlement:
+        detail = "" if outcome.kind == "answer" else outcome.detail
+        if outcome.charge == "release":
+            return Settlement("released", exchange.status, detail)
+        if outcome.charge == "keep":
+            return Settlement("uncertain", exchange.status, detail)
+        usage = outcome.reply.usage if outcome.reply else None
+        if usage is None:
+            return Settlement("settled", exchange.status, detail)
+        return Settlement("settled", exchange.status, detail, usage, self._prices.cost(usage) if self._prices else 0)
+
+    def _most(self, body: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Most tokens that a request can take, what they cost, and how many it is likely to take."""
+        prompt = prompt_bound(body.get("messages", body.get("prompt", "")), body.get("tools", ()))
+        completion = int(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
+        cost = self._prices.cost(Usage(prompt, completion)) if self._prices else 0
+        return prompt + completion, cost, prompt // _BYTES_PER_TOKEN + completion
+
+    def _require_within(self, end: Settlement, tokens: int, cost: int) -> None:
+        """A server that counts more than was reserved makes every promise about the budget void."""
+        if self._budget.limited and end.usage is not None and ((_tokens(end) or 0) > tokens or (end.cost or 0) > cost):
+            raise Paused(f"the teacher counted {_tokens(end):,} tokens for a request that may take {tokens:,}: the "
+                         "budget cannot be kept with it, so the run stops")  # fmt: skip
+
+
+def _tokens(end: Settlement) -> int | None:
+    return None if end.usage is None else end.usage.prompt + end.usage.completion

@@ -1,0 +1,1 @@
+"""The teacher's next-token distributions: captured, coded, stored, read back."""
