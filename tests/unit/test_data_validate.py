@@ -429,7 +429,7 @@ def test_several_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pyte
     """Over blocks that end within a record, with findings in each."""
     path = tmp_path / "d.jsonl"
     write_set(path, 40, logprobs=False)
-    monkeypatch.setattr("distill.data.rules_block.BLOCK", 7000)
+    monkeypatch.setattr("distill.data.rules.block.BLOCK", 7000)
     assert path.stat().st_size > 20 * 7000
 
     def spoil(lines: Lines) -> None:
