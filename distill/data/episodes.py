@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from distill import chat
-from distill.artifacts import canonical_json, sha256_text
+from distill.artifacts import sha256_text
 from distill.broker import Broker
 from distill.data.journal import Answer
 from distill.data.prompts.stream import Prompt
@@ -212,10 +212,9 @@ def _finish_problem(reply: wire.Reply) -> tuple[str, str] | None:
 def _text_problem(reply: wire.Reply) -> tuple[str, str] | None:
     if family := wire.leak_of(reply):
         return "tool_leak", family
-    for text in (reply.content, reply.reasoning or "", *(call.arguments for call in reply.calls)):
-        if kind := secrets.secret_in(text):
-            return "secret", kind
-    return None
+    texts = [reply.content, reply.reasoning or "", *(call.arguments for call in reply.calls)]
+    kind = secrets.secret_in("\n".join(texts) if len(texts) > 2 or texts[1] else texts[0])
+    return ("secret", kind) if kind else None
 
 
 def _calls(reply: wire.Reply, offered: Mapping[str, Any],
@@ -269,4 +268,4 @@ def _finish(prompt: Prompt, live: _Live) -> Accepted:
 def reply_sha256(reply: wire.Reply) -> str:
     """Of what the teacher said, without the ids and times that a server makes up."""
     said = [reply.content, reply.reasoning, [[call.name, call.arguments] for call in reply.calls], reply.finish]
-    return sha256_text("kd-reply/1\n" + canonical_json(said))
+    return hashlib.sha256(b"kd-reply/1\n" + _SORTED.encode(said)).hexdigest()

@@ -108,6 +108,7 @@ class Journal:
                 self._db.execute("UPDATE attempt SET state='uncertain', detail='its run died' WHERE state='open'")
                 (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM attempt").fetchone()
                 self.run = self._begin()
+                self._known = {key for (key,) in self._db.execute("SELECT key FROM answer")}
         except BaseException:
             os.close(self._lock)
             raise
@@ -128,7 +129,9 @@ class Journal:
     # reading
 
     def answer(self, key: bytes) -> Answer | None:
-        """What is known of a request, if anything is."""
+        """What is known of a request, if anything is: by the set of keys first, since most are asked for when new."""
+        if key not in self._known:
+            return None
         with damage(self.path):
             sql = "SELECT dead, packed, crc32, body FROM answer WHERE key=?"
             row = self._reader.execute(sql, (key,)).fetchone()
@@ -184,10 +187,12 @@ class Journal:
         packed = len(answer.body) > _PACK_ABOVE
         body = zlib.compress(answer.body, 1) if packed else answer.body
         self._submit(_SETTLE, _settle_row(attempt, end))
+        self._known.add(key)
         self._submit(_ANSWER, (key, attempt, answer.dead, int(packed), _crc32(key, answer.dead, body), body))
 
     def give_up(self, key: bytes, detail: str) -> None:
         """Enter that a request will never be answered."""
+        self._known.add(key)
         self._submit(_ANSWER, (key, 0, detail, 0, _crc32(key, detail, b""), b""))
 
     def keep(self, name: str, value: str) -> None:
