@@ -26,7 +26,7 @@ from distill.data.rules import secrets
 from distill.data.rules.files import STORE
 from distill.data.rules.record import RULES
 from distill.data.rules.view import Context, View
-from distill.data.rules.whole import NEAR_DUPLICATE, Tally
+from distill.data.rules.whole import Tally, near_duplicate
 from distill.data.store.distributions import Distribution
 from distill.data.store.store import TopK
 from distill.errors import DatasetError, DistillError, InputError, describe_os_error
@@ -70,7 +70,7 @@ class Checker:
             self.store = self._open("distributions", kd.sidecar(path) / STORE, TopK)
         evaluation = ContaminationIndex.load(options.eval_sets) if self._deep and options.eval_sets else None
         self.context = Context(header, tokenizer, evaluation)
-        self._sketching = NearDuplicates(NEAR_DUPLICATE) if self._deep else None
+        self._sketching = NearDuplicates(near_duplicate(header)) if self._deep else None
         skipped_rules = {"personal_data"} if options.pii == "allow" else set()
         self._rules = [
             (name, rule.check) for name, rule in RULES.items()

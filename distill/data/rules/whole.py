@@ -66,7 +66,8 @@ class Tally:
         if record.cost_usd is not None and is_cost(record.cost_usd):
             self.cost = (self.cost or Decimal()) + record.cost_usd
         if self._sketching is not None:
-            self._prompts.append(record.prompt)
+            # as distill/data/prompts/stream.py compares prompts
+            self._prompts.append("\n".join(turn.content for turn in record.messages if turn.role == "user"))
             if not (record.teacher_text.isascii() and record.prompt.isascii()) and _foreign(record):
                 self.foreign.append(line)
 
@@ -107,7 +108,7 @@ class Whole:
         self._val: list[NDArray[np.bool_]] = []
         self._rows: list[NDArray[np.int64]] = []
         self._lengths: list[NDArray[np.int64]] = []
-        self._near = {split: NearDuplicates(NEAR_DUPLICATE) for split in (False, True)}
+        self._near = {split: NearDuplicates(near_duplicate(header)) for split in (False, True)}
         self._prompts = hashlib.sha256()
         self._foreign: list[int] = []
         self.strata: Counter[str] = Counter()
@@ -186,6 +187,12 @@ class Whole:
         room = SPREAD * max(high - low, _LEAST_SPREAD)
         for at in np.flatnonzero((logs < low - room) | (logs > high + room)):
             yield Clash("outliers", int(lines[at]), f"an answer of {np.exp(logs[at]):.0f} characters")
+
+
+def near_duplicate(header: Header) -> float:
+    """The similarity from which two prompts count as one: the header's where it states one that can be."""
+    stated = header.near_duplicates
+    return stated if stated is not None and 0 < stated <= 1 else NEAR_DUPLICATE
 
 
 def _repeats(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
