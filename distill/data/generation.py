@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from distill.broker import Broker
@@ -110,23 +110,24 @@ class Generation:
         self._journal, self._status, self._attempts = journal, status, attempts
         self._down = 0
 
-    async def run(self, workers: int) -> None:
+    async def run(self, workers: int, interrupts: Interrupts) -> None:
         """Ask until every quota is full or its prompts are used up.
 
-        Paused when stopped by Ctrl-C, by the budget or by a teacher that went away: the journal has all that came.
+        Paused where the budget, a quota or an absent teacher ends it early: the journal has all that came. When a
+        signal does, it returns, and `interrupts` knows.
         """
         tasks = [asyncio.create_task(self._work()) for _ in range(workers)]
-        try:
-            with _signals(self._sender, tasks, self._status) as stopped:
-                await self._watch(tasks)
-        finally:
+
+        def drop() -> None:
             for task in tasks:
                 task.cancel()
+
+        try:
+            with interrupts.during(self._sender.stop, drop):
+                await self._watch(tasks)
+        finally:
+            drop()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if stopped:
-            raise (
-                Terminated if signal.SIGTERM in stopped else Paused("interrupted; run the same command again to go on")
-            )
 
     async def _watch(self, tasks: list[asyncio.Task[None]]) -> None:
         """Wait for all workers. When one fails, the others finish what they have in flight."""
@@ -186,32 +187,53 @@ class Generation:
             return Answer(b"", detail)
 
 
-@contextlib.contextmanager
-def _signals(sender: Sender, tasks: list[asyncio.Task[None]], status: Status) -> Iterator[list[int]]:
-    """The first Ctrl-C lets what is in flight finish, a second one drops it. SIGTERM waits no longer than _DRAIN."""
-    loop = asyncio.get_running_loop()
-    got: list[int] = []
+class Interrupts:
+    """Ctrl-C and SIGTERM while the event loop runs. While requests are in flight, the first Ctrl-C lets them finish and
+    a second one drops them; SIGTERM waits no longer than _DRAIN. At any other time they end the work at once."""
 
-    def drop() -> None:
-        for task in tasks:
-            task.cancel()
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._got: list[int] = []
+        self._in_flight: tuple[Callable[[], None], Callable[[], None]] | None = None
+        self._before: dict[int, Any] = {}
 
-    def stop(number: int) -> None:
-        if got or number == signal.SIGTERM:
-            loop.call_later(0 if got else _DRAIN, drop)
-        got.append(number)
-        sender.stop()
-        status.stopping(len(got))
+    def __enter__(self) -> Interrupts:
+        loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        assert main is not None
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: signals are the caller's
+                before = signal.getsignal(number)
+                loop.add_signal_handler(number, self._signal, number, loop, main)
+                self._before[number] = before
+        return self
 
-    before: dict[int, Any] = {}
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.getsignal(number)
-        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: signals are the caller's
-            loop.add_signal_handler(number, stop, number)
-    try:
-        yield got
-    finally:
-        for number, handler in before.items():
-            with contextlib.suppress(ValueError, RuntimeError):
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._before.items():
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, handler)
+        if self._got and (kind is None or issubclass(kind, asyncio.CancelledError)):
+            if signal.SIGTERM in self._got:
+                raise Terminated
+            raise Paused("interrupted; run the same command again to go on")
+
+    @contextlib.contextmanager
+    def during(self, stop: Callable[[], None], drop: Callable[[], None]) -> Iterator[None]:
+        """Requests are in flight: how to send nothing more, and how to drop them."""
+        self._in_flight = (stop, drop)
+        try:
+            yield
+        finally:
+            self._in_flight = None
+
+    def _signal(self, number: int, loop: asyncio.AbstractEventLoop, main: asyncio.Task[Any]) -> None:
+        self._got.append(number)
+        if self._in_flight is None:
+            main.cancel()
+            return
+        stop, drop = self._in_flight
+        if len(self._got) > 1:
+            drop()
+        elif number == signal.SIGTERM:
+            loop.call_later(_DRAIN, drop)
+        stop()
+        self._status.stopping(len(self._got))

@@ -19,7 +19,7 @@ from distill.data import records as kd
 from distill.data.budget import Budget, OutOfBudget, usd
 from distill.data.build import Built, write
 from distill.data.episodes import Protocol
-from distill.data.generation import Generation, Plan
+from distill.data.generation import Generation, Interrupts, Plan
 from distill.data.journal import JOURNAL, Journal, Totals
 from distill.data.mix_config import MixConfig
 from distill.data.prompts.stream import describe, open_prompts
@@ -27,6 +27,7 @@ from distill.data.sender import Sender
 from distill.data.status import Status
 from distill.data.teacher.admission import WINDOW, Admission
 from distill.data.teacher.opening import (
+    Opened,
     capabilities_of,
     depends_on,
     open_teacher,
@@ -100,38 +101,44 @@ def _sweep(out: Path) -> None:
 async def _generate(job: Job, journal: Journal, budget: Budget, status: Status) -> tuple[Built, OutOfBudget | None]:
     """Open the teacher and ask it until every quota is full; what the dataset is built from, and whether the budget
     ended it early."""
-    config = job.config
-    status.phase("opening the teacher")
-    opened = await open_teacher(job.spec, config)
-    try:
-        first = opened.most if opened.here else None
-        admission = Admission(opened.most, rpm=config.rpm, tpm=config.tpm, start=first)
-        admission.remember(journal.recent(2 * WINDOW))
-        sender = Sender(opened.transport, journal, admission, budget, config.prices, status, attempts=config.attempts)
-        can = await capabilities_of(opened, sender, journal)
-        server = await server_name(opened, journal)
-        protocol = protocol_of(opened, can, config, job.seed)
-        _require_same_run(job, protocol, journal)
-        for line in can.lines():
-            status.say(f"  {line}")
-        sender.stream = streams(protocol, can, config)
-        prompts = open_prompts(config, job.seed, tools=can.tools, room=room(opened, config, protocol))
-        for name, reason in prompts.left_out.items():
-            status.say(f"  stratum {name} is left out: {reason}")
-        plan = Plan(prompts, prompts.quotas(job.total))
-        status.phase(f"asking {opened.identity.model}")
-        generation = Generation(plan, protocol, prompts.broker, sender, journal, status, attempts=config.attempts)
-        stopped: OutOfBudget | None = None
+    with Interrupts(status) as interrupts:
+        status.phase("opening the teacher")
+        opened = await open_teacher(job.spec, job.config)
         try:
-            await generation.run(opened.most)
-        except OutOfBudget as error:
-            if not plan.accepted:
-                raise
-            stopped = error
-        await journal.flush()
-        return Built(plan, prompts, protocol, can, server, job.spec, opened.tokenizer, config, job.seed), stopped
-    finally:
-        await opened.transport.close()
+            return await _ask(job, opened, journal, budget, status, interrupts)
+        finally:
+            await opened.transport.close()
+
+
+async def _ask(
+    job: Job, opened: Opened, journal: Journal, budget: Budget, status: Status, interrupts: Interrupts
+) -> tuple[Built, OutOfBudget | None]:
+    config = job.config
+    admission = Admission(opened.most, rpm=config.rpm, tpm=config.tpm, start=opened.most if opened.here else None)
+    admission.remember(journal.recent(2 * WINDOW))
+    sender = Sender(opened.transport, journal, admission, budget, config.prices, status, attempts=config.attempts)
+    can = await capabilities_of(opened, sender, journal)
+    server = await server_name(opened, journal)
+    protocol = protocol_of(opened, can, config, job.seed)
+    _require_same_run(job, protocol, journal)
+    for line in can.lines():
+        status.say(f"  {line}")
+    sender.stream = streams(protocol, can, config)
+    prompts = open_prompts(config, job.seed, tools=can.tools, room=room(opened, config, protocol))
+    for name, reason in prompts.left_out.items():
+        status.say(f"  stratum {name} is left out: {reason}")
+    plan = Plan(prompts, prompts.quotas(job.total))
+    status.phase(f"asking {opened.identity.model}")
+    generation = Generation(plan, protocol, prompts.broker, sender, journal, status, attempts=config.attempts)
+    stopped: OutOfBudget | None = None
+    try:
+        await generation.run(opened.most, interrupts)
+    except OutOfBudget as error:
+        if not plan.accepted:
+            raise
+        stopped = error
+    await journal.flush()
+    return Built(plan, prompts, protocol, can, server, job.spec, opened.tokenizer, config, job.seed), stopped
 
 
 def _spent(journal: Journal) -> Totals:

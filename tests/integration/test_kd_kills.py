@@ -178,3 +178,19 @@ def test_a_second_run_on_the_same_output_refuses_and_the_first_is_not_harmed(
     assert ended(first).code == DONE
     assert runs.files() == reference.files
     assert sum(ledger.whole.values()) == reference.asked
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_the_teacher_is_probed_pauses_at_once(reference: Reference, tmp_path: Path, times: int) -> None:
+    ledger = reference.teacher.begin(delay=3.0)
+    runs = Runs(tmp_path, reference.teacher)
+    run = runs.start()
+    wait_until(lambda: len(ledger.arrivals) == 1)
+    for _ in range(times):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    end = ended(run, within=2.5)
+    # the second one may come when all is said, and end the interpreter on its way out
+    assert end.code in (PAUSED, -signal.SIGINT)[:times] and end.lines and "Traceback" not in end.err, end
+    reference.teacher.delay = 0.0
+    assert runs.run().code == DONE and runs.files() == reference.files
