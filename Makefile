@@ -96,9 +96,11 @@ toy-e2e-multi: $(READY)  ## the same at T64, T128 and T256
 
 OUT ?= data/kd_mix.jsonl
 TOTAL ?= 10000
-kd-dataset: $(READY)  ## TEACHER_ENDPOINT=... [TOTAL=10000] [OUT=data/kd_mix.jsonl] [MODEL=id]
+MIX ?= configs/kd_mix.yaml
+kd-dataset: $(READY)  ## TEACHER_ENDPOINT=... [TOTAL=10000] [OUT=data/kd_mix.jsonl] [MODEL=id] [MIX=configs/kd_mix.yaml] [BUDGET_USD=40] [SEED=0]
 	@test -n "$(TEACHER_ENDPOINT)" || { echo "error: kd-dataset: give TEACHER_ENDPOINT=https://host/v1, http://localhost:8000, hf:org/model or gguf:FILE"; exit 2; }
-	$(PYTHON) -m scripts.make_kd_mix_hardened --out $(OUT) --teacher $(TEACHER_ENDPOINT) --total $(TOTAL) $(if $(MODEL),--model $(MODEL))
+	$(PYTHON) -m scripts.make_kd_mix_hardened --out $(OUT) --teacher $(TEACHER_ENDPOINT) --total $(TOTAL) --config $(MIX) \
+	  $(if $(MODEL),--model $(MODEL)) $(if $(BUDGET_USD),--budget-usd $(BUDGET_USD)) $(if $(SEED),--seed $(SEED))
 
 CONFIG ?= configs/worker_9b.yaml
 worker: $(READY)  ## distil the student [CONFIG=configs/worker_9b.yaml]

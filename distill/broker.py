@@ -26,6 +26,8 @@ from distill.tools import arguments_problem, schema_problem, value_problem
 Fault = Literal["", "once", "always"]
 """Whether an episode's calls fail: never on purpose, its first one, or all."""
 
+FIXTURE_MISS = "fixture_miss"
+"""Type of the error where no fixture answers: nothing that may be learned."""
 MAX_RESULT = 1 << 18  # characters
 _MARKS = (END_OF_TEXT, TURN_START, TURN_END, CALL_START, CALL_END, "<think>", "</think>")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -82,7 +84,8 @@ class Result(NamedTuple):
     """JSON text."""
     sha256: str
     """Of the call and its result."""
-    error: bool
+    error: str = ""
+    """Type of the error that it is; empty where it is none."""
 
 
 Fixtures = dict[str, dict[str, Any]]
@@ -118,7 +121,7 @@ class Broker:
             value = _error("invalid_arguments", "the arguments hold text that cannot be passed on")
             content = json.dumps(value, ensure_ascii=False)
         failed = isinstance(value, dict) and set(value) == {"error"}
-        return Result(content, _sha256(call.name, arguments, content), failed)
+        return Result(content, _sha256(call.name, arguments, content), str(value["error"]["type"]) if failed else "")
 
     def _answer(self, call: ToolCall, arguments: str, seed: int, failing: bool, fault: Fault) -> Any:
         tool = self.tools.get(call.name)
@@ -134,7 +137,7 @@ class Broker:
         if call.name in self._replayed:
             found = self._fixtures.get(fixture_key(call.name, call.arguments))
             if found is None:
-                raise ToolError("fixture_miss", "nothing is recorded for these arguments")
+                raise ToolError(FIXTURE_MISS, "nothing is recorded for these arguments")
             return found["result"] if "result" in found else {"error": found["error"]}
         return simulated(tool, call.arguments, Draw("broker/1", seed, call.name, arguments))
 

@@ -71,6 +71,9 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust side raises bare Exception
             raise InputError(f"{source}: not a tokenizer.json: {error}") from error
+        # nothing here is ever padded or cut by it, and a hostile file could ask for gigabytes of padding
+        inner.no_padding()
+        inner.no_truncation()
         return cls(inner, source)
 
     def to_json(self) -> str:

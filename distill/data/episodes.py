@@ -15,7 +15,7 @@ import msgspec
 
 from distill import chat
 from distill.artifacts import sha256_text
-from distill.broker import Broker
+from distill.broker import FIXTURE_MISS, Broker
 from distill.data.journal import Answer
 from distill.data.prompts.stream import Prompt
 from distill.data.rules import secrets
@@ -31,7 +31,7 @@ MAX_CALLS = 16
 """Calls in one turn."""
 REJECTS = (
     "length", "filtered", "finish", "empty", "tool_leak", "control_token", "args", "unknown_tool", "schema",
-    "too_many_calls", "no_call", "unexpected_call", "too_many_turns", "secret", "http", "unanswered",
+    "too_many_calls", "no_call", "unexpected_call", "too_many_turns", "secret", "fixture_miss", "http", "unanswered",
 )  # fmt: skip
 """Why an episode cannot be a record."""
 
@@ -114,7 +114,8 @@ def episode(prompt: Prompt, protocol: Protocol, broker: Broker) -> Episode:
         live.turns.append(turn)
         if not turn.tool_calls:
             return _finish(prompt, live)
-        _answer_calls(turn, reply, prompt, live, broker, draw, protocol)
+        if missed := _answer_calls(turn, reply, prompt, live, broker, draw, protocol):
+            return Rejected(FIXTURE_MISS, f"no fixture answers the call of {missed}", live.usages)
     return Rejected("too_many_turns", f"more than {protocol.max_turns} turns", live.usages)
 
 
@@ -240,8 +241,9 @@ def _calls(reply: wire.Reply, offered: Mapping[str, Any],
 
 
 def _answer_calls(turn: Turn, reply: wire.Reply, prompt: Prompt, live: _Live, broker: Broker, draw: int,
-                  protocol: Protocol) -> None:  # fmt: skip
-    """Append the broker's results, in the order of the calls, under our ids and under the server's."""
+                  protocol: Protocol) -> str:  # fmt: skip
+    """Append the broker's results, in the order of the calls, under our ids and under the server's. Returns the tool
+    whose fixtures have no answer, or an empty string."""
     ids = [raw.id for raw in reply.calls]
     if not all(ids) or len(set(ids)) < len(ids):
         ids = [call.id for call in turn.tool_calls]
@@ -254,9 +256,12 @@ def _answer_calls(turn: Turn, reply: wire.Reply, prompt: Prompt, live: _Live, br
     live.wire.append(sent)
     for name, call in zip(ids, turn.tool_calls):
         result = broker.call(call, seed=draw, nth=len(live.fixtures), fault=prompt.fault)
+        if result.error == FIXTURE_MISS:
+            return call.name
         live.fixtures.append(result.sha256)
         live.turns.append(Turn("tool", result.content, origin="broker", tool_call_id=call.id))
         live.wire.append({"role": "tool", "tool_call_id": name, "content": result.content})
+    return ""
 
 
 def _finish(prompt: Prompt, live: _Live) -> Accepted:

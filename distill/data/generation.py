@@ -23,6 +23,7 @@ from distill.errors import Paused, Terminated
 
 _DOWN_AFTER = 3  # prompts in a row that got no answer: the teacher is away
 _GIVE_UP_AFTER = 3  # times the attempts that a request is worth
+_MORE_IN_AN_OUTAGE = 5  # times as many, where no other request is answered
 _DRAIN = 2.0  # seconds that SIGTERM leaves to what is in flight
 
 
@@ -109,6 +110,7 @@ class Generation:
         self._plan, self._protocol, self._broker, self._sender = plan, protocol, broker, sender
         self._journal, self._status, self._attempts = journal, status, attempts
         self._down = 0
+        self._answered = 0
 
     async def run(self, workers: int, interrupts: Interrupts) -> None:
         """Ask until every quota is full or its prompts are used up.
@@ -161,11 +163,10 @@ class Generation:
                 answer = self._journal.answer(step.key)
                 if answer is None:
                     answer, fresh = await self._ask(step), True
-                    self._down = 0
                 step = advance(play, answer)
             end = step
         except Unanswered as error:
-            self._down += 1
+            self._down += error.exchange.status != 200  # one that answers, however badly, is not away
             if self._down >= _DOWN_AFTER:
                 raise Paused(f"the teacher stopped answering ({error}); run the same command again to go on") from error
         finally:
@@ -177,10 +178,17 @@ class Generation:
 
     async def _ask(self, request: Request) -> Answer:
         """An answer, or after many failures of this request, while others are answered, that there is none."""
+        before = self._answered
         try:
-            return await self._sender.ask(request)
+            answer = await self._sender.ask(request)
+            self._answered += 1
+            self._down = 0
+            return answer
         except Unanswered as error:
-            if self._journal.failures(request.key) < _GIVE_UP_AFTER * self._attempts:
+            # in an outage nobody is answered, and that is not the request's fault
+            alive = self._answered > before or error.exchange.status == 200
+            enough = _GIVE_UP_AFTER * self._attempts * (1 if alive else _MORE_IN_AN_OUTAGE)
+            if self._journal.failures(request.key) < enough:
                 raise
             detail = f"unanswered: {error}"
             self._journal.give_up(request.key, detail)

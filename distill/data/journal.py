@@ -128,6 +128,11 @@ class Journal:
 
     # reading
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether anything was ever answered."""
+        return bool(self._known)
+
     def answer(self, key: bytes) -> Answer | None:
         """What is known of a request, if anything is: by the set of keys first, since most are asked for when new."""
         if key not in self._known:
@@ -159,9 +164,10 @@ class Journal:
         """Attempts that began in the last `seconds`: how long ago, oldest first, and their tokens."""
         now = time.time()
         sql = ("SELECT began, coalesce(prompt + completion, reserved_tokens) FROM attempt "
-               "WHERE began > ? AND began <= ? ORDER BY began")  # fmt: skip
+               "WHERE began > ? ORDER BY began")  # fmt: skip
         with damage(self.path):
-            return [(now - began, tokens) for began, tokens in self._reader.execute(sql, (now - seconds, now))]
+            # what began later than now did so before the clock was set back
+            return [(max(now - began, 0.0), tokens) for began, tokens in self._reader.execute(sql, (now - seconds,))]
 
     def totals(self) -> dict[str, Totals]:
         """Sums of the ledger by state."""
@@ -223,7 +229,7 @@ class Journal:
         self._waiting = [future for _, _, future in batch if future]
         try:
             self._enter(batch)
-        except sqlite3.Error as error:
+        except Exception as error:  # whatever it is, those who wait must hear of it
             self._finish(loop, error)
             return
         done = self._disk.submit(self._db.execute, "COMMIT")
@@ -256,7 +262,7 @@ class Journal:
     def close(self) -> None:
         """Write what waits, and let the next run in."""
         self._disk.shutdown()
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, OverflowError):
             if self._pending and not self._broken:
                 if not self._db.in_transaction:
                     self._enter(self._pending)
@@ -310,7 +316,9 @@ def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: 
 
 
 def _reason(error: BaseException) -> str:
-    return "no space left on device" if "full" in str(error) or "I/O" in str(error) else str(error)
+    if "full" in str(error):
+        return "no space left on device"
+    return f"{error} (is the disk full?)" if "I/O" in str(error) else str(error)
 
 
 def _crc32(key: bytes, dead: str | None, body: bytes) -> int:

@@ -65,13 +65,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
+    priced = Decimal(found["counted"]["cost_usd"]) > 0
     for name, meaning in _MEANING.items():
         part = found[name]
-        amount = "" if name == "released" else f"{part['tokens']:>14,} tokens {_dollars(part):>12} USD"
-        print(f"{name:10} {part['attempts']:>9,} attempts{amount or ' ' * 38}  {meaning}")
+        tokens = " " * 21 if name == "released" else f"{part['tokens']:>14,} tokens"
+        money = f" {_dollars(part):>12} USD" if priced and name != "released" else " " * (17 * priced)
+        print(f"{name:10} {part['attempts']:>9,} attempts{tokens}{money}  {meaning}")
     counted = found["counted"]
-    print(f"counted against the budget: {counted['tokens']:,} tokens, {_dollars(counted)} USD; {found['answers']:,} "
-          f"answers kept; {found['runs']} starts; of the probe: {found['probe']['attempts']} attempts")  # fmt: skip
+    money = f", {_dollars(counted)} USD" if priced else " (no prices are in the mix)"
+    print(f"counted against the budget: {counted['tokens']:,} tokens{money}; {found['answers']:,} answers kept; "
+          f"started {found['runs']} times; of the probe: {found['probe']['attempts']} attempts")  # fmt: skip
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from distill.artifacts import canonical_json, sweep
+from distill.artifacts import canonical_json, require_replaceable_file, sweep
 from distill.config import as_dict, build, load
 from distill.data import records as kd
 from distill.data.budget import Budget, OutOfBudget, usd
@@ -27,6 +27,7 @@ from distill.data.sender import Sender
 from distill.data.status import Status
 from distill.data.teacher.admission import WINDOW, Admission
 from distill.data.teacher.opening import (
+    LOCAL_TOKENS,
     Opened,
     capabilities_of,
     depends_on,
@@ -74,6 +75,7 @@ def make(
     if total < 1:
         raise InputError(f"--total {total} must be at least 1")
     job = Job(Path(out), parse_spec(teacher), total, config, seed, fork)
+    _require_ours(job.out)
     with Journal(kd.sidecar(out) / JOURNAL) as journal, Status(total, quiet=quiet) as status:
         _sweep(job.out)
         budget = Budget(config.budget, _spent(journal))
@@ -89,6 +91,14 @@ def make(
                      "run the same command again to go on")  # fmt: skip
     money = f", {usd(budget.spent.cost)} USD" if config.prices else ""
     return Made(header, short, f"{budget.spent.tokens:,} tokens{money} spent")
+
+
+def _require_ours(out: Path) -> None:
+    """InputError if something is there that no run of ours has written, before anything is asked and paid."""
+    require_replaceable_file(out)
+    folder = kd.sidecar(out)
+    if out.exists() and not any((folder / name).is_file() for name in ("header.json", JOURNAL)):
+        raise InputError(f"--out {out}: a file that is no dataset of ours (no {folder.name} beside it) is in the way")
 
 
 def _sweep(out: Path) -> None:
@@ -117,18 +127,19 @@ async def _ask(
     admission = Admission(opened.most, rpm=config.rpm, tpm=config.tpm, start=opened.most if opened.here else None)
     admission.remember(journal.recent(2 * WINDOW))
     sender = Sender(opened.transport, journal, admission, budget, config.prices, status, attempts=config.attempts)
-    can = await capabilities_of(opened, sender, journal)
+    can = await capabilities_of(opened, config, sender, journal, anew=job.fork)
     server = await server_name(opened, journal)
     protocol = protocol_of(opened, can, config, job.seed)
     _require_same_run(job, protocol, journal)
     for line in can.lines():
         status.say(f"  {line}")
+    sender.unique_ids = can.unique_ids
     sender.stream = streams(protocol, can, config)
     prompts = open_prompts(config, job.seed, tools=can.tools, room=room(opened, config, protocol))
     for name, reason in prompts.left_out.items():
         status.say(f"  stratum {name} is left out: {reason}")
     plan = Plan(prompts, prompts.quotas(job.total))
-    status.phase(f"asking {opened.identity.model}")
+    status.phase(f"asking {opened.identity.model}", job.total)
     generation = Generation(plan, protocol, prompts.broker, sender, journal, status, attempts=config.attempts)
     stopped: OutOfBudget | None = None
     try:
@@ -198,8 +209,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     config = _config(args)
     if args.dry_run:
-        for line in describe(open_prompts(config, args.seed, tools=True, room=None), args.total):
+        local = parse_spec(args.teacher).kind == "gguf"
+        space = config.context - (config.max_tokens or LOCAL_TOKENS) if local else None
+        for line in describe(open_prompts(config, args.seed, tools=True, room=space), args.total):
             print(line)
+        print("strata with tools are left out where the teacher makes no calls: the probe finds out")
         return 0
     made = make(args.out, args.teacher, args.total, config, seed=args.seed, fork=args.fork)
     header, n = made.header, made.header.counts

@@ -11,7 +11,7 @@ from distill.data.prompts.stream import WEIGHTS, SourceConfig
 from distill.data.schema import Licence
 
 OPERATIONAL = {
-    "concurrency", "slots", "rpm", "tpm", "timeout_s", "deadline_s", "attempts", "context", "stream", "budget",
+    "concurrency", "slots", "rpm", "tpm", "timeout_s", "deadline_s", "attempts", "stream", "budget",
 }  # fmt: skip
 """Keys that change no answer."""
 
@@ -93,6 +93,9 @@ class MixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if not 0 <= self.quota_tolerance < 1 or not 0 < self.near_duplicates <= 1:
             raise ValueError("quota_tolerance must be in [0, 1), near_duplicates in (0, 1]")
         if self.budget.usd is not None and self.prices is None:
-            raise ValueError("budget.usd needs prices: input and output, in US dollars a million tokens")
+            raise ValueError(
+                "budget.usd needs prices in the mix (configs/kd_mix.yaml), US dollars a million tokens, such as "
+                "prices: {input: 0.60, output: 2.50}"
+            )
         if self.reasoning == "learn" and not self.licence.reasoning_allowed:
             raise ValueError("reasoning: learn needs licence.reasoning_allowed: true")

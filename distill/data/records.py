@@ -138,7 +138,7 @@ def _store_metadata(header: Header, tokenizer: Tokenizer) -> dict[str, str]:
     return topk_metadata(
         tokenizer_sha256=tokenizer.sha256,
         template_sha256=header.template_sha256,
-        teacher=f"{header.teacher.model} ({header.teacher.logits_engine})",
+        teacher=f"{header.teacher.model} ({header.teacher.logits_engine or header.teacher.text_engine})",
         k=header.logprobs.k,
         temperature=header.logprobs.temperature,
         vocab_size=tokenizer.vocab_size,
@@ -248,6 +248,8 @@ def read_header(path: str | Path) -> Header:
     file = sidecar(path) / "header.json"
     require_regular(file)
     try:
+        if file.stat().st_size > MAX_LINE:
+            raise DatasetError(f"{file}: longer than {MAX_LINE >> 20} MiB")
         return msgspec.json.decode(file.read_bytes(), type=Header)
     except OSError as error:
         raise DatasetError(f"{path}: not a kd/1 dataset: cannot read {describe_os_error(error, file)}") from error

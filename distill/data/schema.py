@@ -252,20 +252,9 @@ def make_header(
     logprobs: LogprobInfo | None,
     **more: Any,
 ) -> Header:
-    """A header; its run_id is a hash of everything else in it but the code version, so equal inputs give equal ids.
-
-    `more` are further fields of Header.
-    """
-    identity = {
-        "config": dict(config),
-        "sampling": dict(sampling),
-        "teacher": msgspec.to_builtins(teacher),
-        "prompts": prompts_sha256,
-        "tokenizer": tokenizer.sha256 if tokenizer else None,
-        "template": chat.template_sha256(),
-    }
-    return Header(
-        run_id=sha256_text("kd-run/1\n" + canonical_json(identity))[:16],
+    """A header; equal inputs give equal run_ids. `more` are further fields of Header."""
+    made = Header(
+        run_id="",
         created_by={"package": "distill", "version": __version__, "code": code_version()},
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
         template_sha256=chat.template_sha256(),
@@ -277,6 +266,20 @@ def make_header(
         text_only=logprobs is None,
         **more,
     )
+    return msgspec.structs.replace(made, run_id=run_id_of(made))
+
+
+def run_id_of(header: Header) -> str:
+    """A hash of what the answers depend on: configuration, sampling, teacher, tokenizer and template."""
+    teacher = msgspec.structs.replace(header.teacher, server=None, models_seen=(), system_fingerprints_seen=())
+    identity = {
+        "config": header.config,
+        "sampling": header.sampling,
+        "teacher": msgspec.to_builtins(teacher),
+        "tokenizer": header.tokenizer_sha256,
+        "template": header.template_sha256,
+    }
+    return sha256_text("kd-run/2\n" + canonical_json(identity))[:16]
 
 
 def turn_text(message: chat.Message) -> str:

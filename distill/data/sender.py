@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from distill.artifacts import canonical_json, sha256_text
-from distill.data.budget import Budget, Prices, prompt_bound
+from distill.data.budget import Budget, Prices, prompt_bound, usd
 from distill.data.journal import Answer, Journal, Settlement
 from distill.data.schema import Usage
 from distill.data.teacher.admission import Admission
@@ -23,6 +23,7 @@ from distill.errors import InputError, Paused
 
 T = TypeVar("T")
 _LONGEST_BACKOFF = 60.0
+_REFUSED_AT_THE_START = 3  # requests, before any was ever answered
 _BYTES_PER_TOKEN = 3  # of a prompt, roughly: for limits a minute, which a server keeps by its own estimate
 _LONGEST_REFUSAL = 30 * 60.0  # seconds of nothing but 429 after which the run pauses
 
@@ -61,6 +62,11 @@ class Sender:
         self._transport, self._journal, self._admission, self._budget = transport, journal, admission, budget
         self._prices, self._watcher, self._attempts = prices, watcher, attempts
         self.stream = stream
+        self._proven = journal.has_answers
+        self._refusals = 0
+        self.unique_ids = False
+        """Whether the server numbers its answers: then one that comes again is not taken for another's."""
+        self._ids: set[str] = set()
         self.stopping = asyncio.Event()
         self._waiting: set[asyncio.Task[Any]] = set()
 
@@ -80,7 +86,13 @@ class Sender:
             request = request._replace(body={**request.body, "stream_options": {"include_usage": True}})
         exchange, outcome = await self._until_final(request, "answer", self.stream)
         if outcome.kind == "answer":
+            self._proven = True
             return Answer(exchange.body, reply=outcome.reply)
+        if not self._proven:  # not kept: what is wrong may be the configuration, or the server
+            self._refusals += 1
+            if self._refusals >= _REFUSED_AT_THE_START:
+                raise InputError(f"the teacher gives no usable answer: {outcome.detail}")
+            raise Unanswered(outcome.detail, exchange)
         return Answer(b"", outcome.detail)
 
     async def probe(self, body: Mapping[str, Any], stream: bool) -> Exchange:
@@ -89,7 +101,7 @@ class Sender:
         try:
             exchange, _ = await self._until_final(Request(key, body), "probe", stream)
         except Unanswered as error:
-            if error.exchange.status >= 500 and (body.get("tools") or body.get("logprobs") or stream):
+            if error.exchange.status in (500, 501) and (body.get("tools") or body.get("logprobs") or stream):
                 return error.exchange  # how some servers say that they cannot do this
             raise Paused(f"the teacher does not answer ({error}); run the same command again to go on") from error
         return exchange
@@ -142,7 +154,7 @@ class Sender:
                     await written
                     end = Settlement("uncertain", 0, "cancelled")
                     exchange = await self._transport.post(request.body, stream=stream)
-                    outcome = judge(exchange, time.time())
+                    outcome = self._judge(exchange)
                     end = self._settlement(exchange, outcome)
                     if outcome.kind == "cooldown":
                         permit.throttled(outcome.wait)
@@ -179,11 +191,22 @@ class Sender:
         finally:
             self._waiting.discard(task)
 
+    def _judge(self, exchange: Exchange) -> Outcome:
+        """A late copy of an earlier answer would be taken for the answer to the next request on its connection, and
+        from there on each for the next one's: HTTP/1.1 cannot tell."""
+        outcome = judge(exchange, time.time())
+        if outcome.kind == "answer" and outcome.reply and self.unique_ids:
+            if outcome.reply.id in self._ids:
+                self._transport.distrust()
+                return Outcome("retry", 0.0, "keep", "an answer that was given before")
+            self._ids.add(outcome.reply.id)
+        return outcome
+
     def _enter(self, key: bytes, purpose: str, number: int, end: Settlement, exchange: Exchange,
                      outcome: Outcome) -> None:  # fmt: skip
         if purpose == "answer" and outcome.kind == "answer":
             self._journal.settle_with(number, end, key, Answer(exchange.body))
-        elif purpose == "answer" and outcome.kind == "dead":
+        elif purpose == "answer" and outcome.kind == "dead" and self._proven:
             self._journal.settle_with(number, end, key, Answer(b"", outcome.detail))
         else:
             self._journal.settle(number, end)
@@ -209,8 +232,9 @@ class Sender:
     def _require_within(self, end: Settlement, tokens: int, cost: int) -> None:
         """A server that counts more than was reserved makes every promise about the budget void."""
         if self._budget.limited and end.usage is not None and ((_tokens(end) or 0) > tokens or (end.cost or 0) > cost):
-            raise Paused(f"the teacher counted {_tokens(end):,} tokens for a request that may take {tokens:,}: the "
-                         "budget cannot be kept with it, so the run stops")  # fmt: skip
+            counted, most = f"{_tokens(end):,} tokens ({usd(end.cost or 0)} USD)", f"{tokens:,} ({usd(cost)} USD)"
+            raise Paused(f"the teacher counted {counted} for a request that may take {most}: the budget cannot be kept "
+                         "with it, so the run stops")  # fmt: skip
 
 
 def _tokens(end: Settlement) -> int | None:

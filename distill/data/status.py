@@ -14,6 +14,7 @@ from distill.data.budget import Budget, usd
 from distill.data.episodes import Accepted, Rejected
 
 _TROUBLE_EVERY = 5.0  # seconds between two lines about the same kind of trouble
+_WIDE = 130  # columns, from which a bar has room beside the numbers
 _LINE_EVERY = 15.0  # seconds between two lines where stderr is no terminal
 
 
@@ -26,9 +27,10 @@ class Status:
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._live = self._console.is_terminal and not quiet
+        bar = [BarColumn(bar_width=20)] if self._console.width >= _WIDE else []
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), console=self._console, disable=not self._live, refresh_per_second=5,
+            TextColumn("{task.description}"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[note]}"),
+            console=self._console, disable=not self._live, refresh_per_second=5,
         )  # fmt: skip
         self._task = self._progress.add_task("starting", total=total, note="")
         self._budget: Budget | None = None
@@ -61,9 +63,8 @@ class Status:
         if total is not None:
             self._restart(total)
             self._progress.update(self._task, total=total, completed=0, note="")
-        self._progress.update(self._task, description=name)
-        if not self._live:
-            self.say(name)
+        self._progress.update(self._task, description=name.split()[0])
+        self.say(name)
 
     def spending(self, budget: Budget, *, priced: bool) -> None:
         """Where to read what is spent."""
@@ -115,26 +116,28 @@ class Status:
         while not self._halt.wait(0.2):
             if self._live:
                 self._refresh()
-            elif time.monotonic() - began > _LINE_EVERY and self._accepted != last:
-                last, began = self._accepted, time.monotonic()
+            elif time.monotonic() - began > _LINE_EVERY and self._accepted + self.rejects.total() != last:
+                last, began = self._accepted + self.rejects.total(), time.monotonic()
                 self.say(f"  {self._accepted:,} of {self._total:,}  {self._note()}")
 
     def _refresh(self) -> None:
         self._progress.update(self._task, completed=self._accepted, note=self._note())
 
     def _note(self) -> str:
+        """Time left, money, rate, rejects: what matters first, for a narrow terminal cuts off the rest."""
         seconds = max(time.monotonic() - self._began, 1e-3)
-        parts = [f"{self._ended / seconds:,.1f}/s", f"{self._tokens / seconds:,.0f} tokens/s"]
-        if self._known:
-            parts.append(f"{self._known:,} from the journal")
-        if rejected := self.rejects.total():
-            parts.append(f"{rejected:,} rejected ({self.rejects.most_common(1)[0][0]})")
+        parts = []
+        gained = self._accepted - self._known
+        if gained > 0 and self._accepted < self._total:
+            parts.append(_clock(seconds / gained * (self._total - self._accepted)) + " left")
         if self._budget and self._priced:
             limit = self._budget.limits.usd
-            parts.append(f"{usd(self._budget.spent.cost)}{f' of {limit:g}' if limit else ''} USD")
-        gained = self._accepted - self._known
-        if gained and self._accepted < self._total:
-            parts.append(_clock(seconds / gained * (self._total - self._accepted)) + " left")
+            parts.append(f"${usd(self._budget.spent.cost)}{f' of ${limit:g}' if limit else ''}")
+        if rejected := self.rejects.total():
+            parts.append(f"{rejected:,} rejected")
+        parts += [f"{self._ended / seconds:,.1f}/s", f"{self._tokens / seconds:,.0f} tok/s"]
+        if self._known:
+            parts.append(f"{self._known:,} known")
         return ", ".join(parts)
 
 

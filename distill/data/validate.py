@@ -22,7 +22,7 @@ from distill.data.rules import files as rules_files
 from distill.data.rules.block import BLOCK, MAX_FINDINGS, Checker, Done, Options, stream, withheld
 from distill.data.rules.record import RULES
 from distill.data.rules.whole import Whole
-from distill.errors import DatasetError, stage_main
+from distill.errors import DatasetError, InputError, stage_main
 from distill.gates import Gate, exit_code, holds, skipped, summary, table, to_json
 
 TABLE: dict[str, str] = {
@@ -146,6 +146,8 @@ def _finish(path: Path, header: kd.Header, checker: Checker, whole: Whole, notes
     if not unread:
         problems["quotas"] = whole.quota_problems()
         problems["costs"] = rules_files.cost_problems(path, header, whole.cost, rejects.cost)
+    if checker.store is not None and len(checker.store) and not unread and not whole.rows_used:
+        notes.add("distributions", rules_files.STORE, "no record names any of its rows")
     for rule, found in problems.items():
         for what in found:
             notes.add(rule, "header.json", what)
@@ -214,7 +216,10 @@ def main(argv: list[str] | None = None) -> int:
     jobs = args.jobs or min(os.cpu_count() or 1, 1 + size // (8 * BLOCK))
     options = Options(args.rules, args.pii, tuple(args.eval_set), jobs)
     begin = time.perf_counter()
-    gates, found, counts = validate(args.path, options)
+    try:
+        gates, found, counts = validate(args.path, options)
+    except InputError as error:
+        raise type(error)(withheld(str(error))) from None
     seconds = time.perf_counter() - begin
     print(table(gates))
     print(f"{args.path}: {counts['records']} records ({counts['train']} train, {counts['val']} val); {summary(gates)}; "

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from distill import chat
-from distill.broker import Broker
+from distill.broker import Broker, fixture_key, parse_tool
 from distill.data.episodes import REJECTS, Accepted, Protocol, Rejected, advance, episode, replay
 from distill.data.journal import Answer
 from distill.data.prompts.stream import Prompt
@@ -18,7 +18,11 @@ from distill.data.schema import Teacher
 from distill.data.sender import Request
 from distill.data.teacher.spec import Sampling
 
-BROKER = Broker(TOOLS)
+REPLAYED = parse_tool(
+    {"name": "stock", "description": "d", "parameters": {"type": "object", "properties": {"item": {"type": "string"}}}},
+    "here",
+)
+BROKER = Broker([*TOOLS, REPLAYED], {fixture_key("stock", {"item": "nut"}): {"result": {"left": 3}}})
 WEATHER = next(tool for tool in TOOLS if "weather" in tool.name)
 PROTOCOL = Protocol(Teacher("endpoint", "m", "api", host="h"), "chat", Sampling(100, 0.7, 0.9), seed=3)
 
@@ -136,6 +140,7 @@ CALL = [("a", WEATHER.name, GOOD)]
         ("unexpected_call", _prompt(WEATHER, expect="no_call"), [_body(None, CALL, "tool_calls")]),
         ("too_many_turns", _prompt(WEATHER), [_body(None, CALL, "tool_calls")] * 6),
         ("secret", _prompt(), [_body("use sk-" + "a1B2" * 12)]),
+        ("fixture_miss", _prompt(REPLAYED), [_body(None, [("a", "stock", '{"item": "saw"}')], "tool_calls")]),
         ("http", _prompt(), [Answer(b"", "HTTP 400: no")]),
         ("http", _prompt(), [Answer(b"[]")]),
         ("unanswered", _prompt(), [Answer(b"", "unanswered: timeout")]),

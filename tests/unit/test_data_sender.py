@@ -111,10 +111,10 @@ def test_a_fault_is_tried_again_and_entered_for_what_it_may_have_cost(tmp_path: 
 
 
 def test_after_the_last_attempt_it_is_unanswered_but_429_costs_none(tmp_path: Path) -> None:
-    transport = Scripted(*[_status(429, {"retry-after": "0"})] * 7, *[_status(500, {"retry-after": "0"})] * 9)
+    transport = Scripted(*[_status(429, {"retry-after": "0"})] * 5, *[_status(500, {"retry-after": "0"})] * 9)
     with _raises(Unanswered, "500"):
         _run(tmp_path, transport, lambda sender: sender.ask(REQUEST), attempts=2)
-    assert len(transport.bodies) == 7 + 2
+    assert len(transport.bodies) == 5 + 2
 
 
 def test_half_an_hour_of_refusals_pauses_the_run(tmp_path: Path) -> None:
@@ -142,9 +142,26 @@ def test_where_trying_again_is_no_use_it_says_so_at_once(tmp_path: Path, exchang
     assert len(transport.bodies) == 1
 
 
-def test_a_request_that_is_wrong_for_good_is_entered_as_dead(tmp_path: Path) -> None:
-    answer, ledger = _run(tmp_path, Scripted(_status(400)), lambda sender: sender.ask(REQUEST))
-    assert answer.body == b"" and "400" in str(answer.dead) and set(ledger) == {"released"}
+def test_a_request_that_is_wrong_for_good_is_entered_as_dead_once_others_were_answered(tmp_path: Path) -> None:
+    async def work(sender: Sender) -> Any:
+        await sender.ask(REQUEST)
+        return await sender.ask(Request(b"x" * 32, BODY))
+
+    answer, ledger = _run(tmp_path, Scripted(GOOD, _status(400)), work)
+    assert answer.body == b"" and "400" in str(answer.dead) and set(ledger) == {"settled", "released"}
+
+
+def test_three_refusals_at_the_start_are_the_configurations_fault_and_are_not_kept(tmp_path: Path) -> None:
+    async def work(sender: Sender) -> None:
+        for number in range(3):
+            with contextlib.suppress(Unanswered):
+                await sender.ask(Request(bytes([number]) * 32, BODY))
+
+    said = _status(400, body=b'{"error": {"message": "temperature must be 1"}}')
+    with _raises(InputError, "no usable answer.*temperature must be 1"):
+        _run(tmp_path, Scripted(said), work)
+    answer, _ = _run(tmp_path, Scripted(GOOD), lambda sender: sender.ask(Request(bytes(32), BODY)))
+    assert answer.body == GOOD.body, "repaired, the same request is asked again"
 
 
 def test_one_that_is_cancelled_in_flight_stays_counted(tmp_path: Path) -> None:
@@ -188,7 +205,7 @@ def test_stopping_lets_what_is_in_flight_finish_and_wakes_who_waits(tmp_path: Pa
 def test_a_server_that_counts_more_than_was_reserved_stops_a_run_with_a_budget(tmp_path: Path) -> None:
     greedy = json.loads(GOOD.body) | {"usage": {"prompt_tokens": 7, "completion_tokens": 5000}}
     transport = Scripted(GOOD._replace(body=json.dumps(greedy).encode()))
-    with _raises(Paused, "counted 5,007 tokens for a request that may take"):
+    with _raises(Paused, "counted 5,007 tokens .* for a request that may take"):
         _run(tmp_path, transport, lambda sender: sender.ask(REQUEST), limits=Limits(tokens=10_000))
     _run(tmp_path / "free", transport, lambda sender: sender.ask(REQUEST))
 

@@ -439,7 +439,7 @@ def test_v1_is_added_where_the_bare_url_does_not_answer(extra: str) -> None:
     ("models", "message"),
     [
         (response("", "401 Unauthorized"), "refuses the key \\(HTTP 401\\), which is read from TEACHER_API_KEY"),
-        (response("", "503 Busy"), "cannot reach a teacher at http://127.0.0.1:[0-9]+ or .*/v1: HTTP 503"),
+        (response("", "404 Not Found"), "cannot reach a teacher at http://127.0.0.1:[0-9]+ or .*/v1: HTTP 404"),
         (response("hello"), "/models did not answer with a list of models"),
         (response('{"data": 3}'), "/models did not answer"),
         (response("[" * 100_000), "/models did not answer"),

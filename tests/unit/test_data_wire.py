@@ -75,7 +75,9 @@ def test_a_text_completion_is_read() -> None:
         ({"prompt_tokens": 9, "completion_tokens": 5, "prompt_cache_hit_tokens": 3}, Usage(9, 5, 0, 3)),  # DeepSeek
         ({"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 20,
           "completion_tokens_details": {"reasoning_tokens": 6}}, Usage(9, 11, 6, 0)),  # Grok, Gemini
-        ({"prompt_tokens": 9, "total_tokens": 9}, Usage(9, 0)),
+        ({"prompt_tokens": 9, "total_tokens": 9}, None), ({"prompt_tokens": 9}, None),
+        ({"prompt_tokens": 9, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 6}},
+         Usage(9, 11, 6, 0)),
         ({"prompt_tokens": 9, "completion_tokens": 5, "prompt_tokens_details": None}, Usage(9, 5)),
         ({"prompt_tokens": 9, "completion_tokens": 5, "cached_tokens": 30}, Usage(9, 5, 0, 9)),
         (None, None),

@@ -176,7 +176,7 @@ _DECODER = msgspec.json.Decoder(kd.Record)
 def _is_json(line: bytes) -> bool:
     try:
         msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError
         return False
     return True
 

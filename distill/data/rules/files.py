@@ -12,12 +12,13 @@ from typing import NamedTuple
 import msgspec
 
 from distill import chat
-from distill.artifacts import sha256_file
+from distill.artifacts import canonical_json, sha256_file
 from distill.data import records as kd
 from distill.data.budget import UNIT
 from distill.data.episodes import REJECTS
 from distill.data.journal import damage, read_ledger, totals
 from distill.data.rules.whole import Whole, is_cost
+from distill.data.schema import run_id_of
 from distill.data.store.store import TopK
 from distill.errors import InputError
 from distill.tokenizer import Tokenizer
@@ -53,9 +54,13 @@ def header_problems(header: kd.Header, tokenizer: Tokenizer | None) -> Iterator[
     for name in ("package", "version", "code"):
         if not header.created_by.get(name):
             yield f"created_by lacks {name}"
+    if header.run_id != run_id_of(header):
+        yield "run_id is not that of configuration, sampling, teacher, tokenizer and template"
     teacher = header.teacher
-    wanted = {"host": teacher.kind == "endpoint", "weights_sha256": teacher.kind in ("gguf", "hf"),
-              "logits_engine": header.logprobs is not None, "model": True, "text_engine": True}  # fmt: skip
+    wanted = {
+        "host": teacher.kind == "endpoint", "weights_sha256": teacher.kind in ("gguf", "hf"), "model": True,
+        "logits_engine": header.logprobs is not None and teacher.kind != "endpoint", "text_engine": True,
+    }  # fmt: skip
     for name, needed in wanted.items():
         if needed and not getattr(teacher, name):
             yield f"teacher lacks {name}"
@@ -93,6 +98,8 @@ def store_problems(store: TopK, header: kd.Header) -> Iterator[str]:
     for name, value in described.items():
         if store.metadata.get(name) != value:
             yield f"its {name} {str(store.metadata.get(name))[:40]} is not the header's {value}"
+    if store.metadata.get("kl_to_exact") != canonical_json(info.kl_to_exact):
+        yield "its kl_to_exact is not the header's"
     if header.counts.get("completion_tokens", store.tokens) != store.tokens:
         yield f"it holds {store.tokens} tokens, the header says {header.counts['completion_tokens']}"
 

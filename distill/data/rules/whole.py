@@ -146,6 +146,11 @@ class Whole:
         """Of all ids, as the header states it."""
         return self._prompts.hexdigest()
 
+    @property
+    def rows_used(self) -> int:
+        """Rows of the store that a record names."""
+        return len(np.unique([row for part in self._rows for row in part[part >= 0]]))
+
     def finish(self) -> Iterator[Clash]:
         """What is wrong with the records taken together."""
         if not self._lines:

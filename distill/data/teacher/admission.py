@@ -207,8 +207,11 @@ class Admission:
             self._storms += 1
             self._good = 0
             self._limit = max(self._limit * _DROP, 1.0)
+        growing = min(2.0 ** min(self._storms - 1, 10), _LONGEST_PAUSE) * self._jitter(0.5, 1.0) if first else 0.0
         if wait is None:
-            pause = min(2.0 ** min(self._storms - 1, 10), _LONGEST_PAUSE) * self._jitter(0.5, 1.0) if first else 0.0
+            pause = growing
         else:
             pause = max(wait, 0.0) + self._jitter(0.0, min(1.0, 0.1 * max(wait, 0.0)))
+            if self._storms > 2:  # a server that asks for no patience, again and again, gets some all the same
+                pause = max(pause, growing / 16)
         self._cool_until = max(self._cool_until, now + pause)

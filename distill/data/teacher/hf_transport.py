@@ -84,6 +84,9 @@ class HfTransport:
             self._worker = asyncio.create_task(self._work())
         return await job.answer
 
+    def distrust(self) -> None:
+        """Nothing comes twice from here."""
+
     async def close(self) -> None:
         """Stop at the next token; whoever still waits is told."""
         self._stopped.set()

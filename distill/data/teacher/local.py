@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import importlib.util
 import json
 import os
@@ -72,6 +73,18 @@ def _safetensors_sha256(folder: Path) -> str | None:
     return sha256_text("\n".join(f"{file.name} {sha256_file(file)}" for file in files))
 
 
+@functools.cache
+def _folder(target: str) -> Path:
+    """A local folder, or that of a model of the hub, fetched where it is not here, so that its weights stay."""
+    if Path(target).is_dir():
+        return Path(target)
+    hub = teacher_extra("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(target, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    except (OSError, ValueError, hub.errors.HFValidationError) as error:
+        raise InputError(f"--teacher hf:{target}: not a folder, and cannot be fetched: {_line(error)}") from error
+
+
 def identity_of(spec: Spec) -> Teacher:
     """Who a local teacher is, before anything is loaded."""
     if spec.kind == "gguf":
@@ -82,13 +95,13 @@ def identity_of(spec: Spec) -> Teacher:
         )  # fmt: skip
     name = Path(spec.target).name if Path(spec.target).is_dir() else spec.target
     return Teacher("hf", name, text_engine="transformers", logits_engine="transformers",
-                   weights_sha256=_safetensors_sha256(Path(spec.target)))  # fmt: skip
+                   weights_sha256=_safetensors_sha256(_folder(spec.target)))  # fmt: skip
 
 
 def _source(spec: Spec) -> tuple[str, dict[str, str]]:
     """Arguments of from_pretrained."""
     if spec.kind == "hf":
-        return spec.target, {}
+        return str(_folder(spec.target)), {}
     path = find_gguf(spec.target)
     return str(path.parent), {"gguf_file": path.name}
 
@@ -167,6 +180,10 @@ class GgufTransport:
     async def post(self, body: Mapping[str, Any], *, stream: bool = False) -> Exchange:
         """Send one request; see Transport."""
         return await self._http.post(body, stream=stream)
+
+    def distrust(self) -> None:
+        """See Transport."""
+        self._http.distrust()
 
     async def close(self) -> None:
         """Close the connections and stop the server."""

@@ -20,6 +20,8 @@ from distill.data.teacher.spec import Sampling, Spec
 from distill.data.teacher.transport import LOOPBACK, HttpTransport, Transport, only_model
 from distill.tokenizer import TURN_END, Tokenizer
 
+LOCAL_TOKENS = 256
+"""Longest answer of a local teacher where the mix does not say."""
 _LONG_ANSWER = 2048  # tokens; above it, gateways lose patience with a connection on which nothing moves
 _TOOL = {
     "name": "get_weather",
@@ -66,15 +68,18 @@ async def open_teacher(spec: Spec, config: MixConfig) -> Opened:
     return Opened(local, identity, "completions", config.slots, True, tokenizer)
 
 
-async def capabilities_of(opened: Opened, sender: Sender, journal: Journal) -> Capabilities:
-    """What a teacher can do: probed once, then read from the journal, since a run's requests depend on it."""
+async def capabilities_of(
+    opened: Opened, config: MixConfig, sender: Sender, journal: Journal, *, anew: bool
+) -> Capabilities:
+    """What a teacher can do: probed once, or `anew`, and kept in the journal, since a run's requests depend on it."""
     name = "capabilities/" + sha256_text(canonical_json(msgspec.to_builtins(opened.identity)))[:16]
-    if (kept := journal.meta(name)) is not None:
+    if not anew and (kept := journal.meta(name)) is not None:
         return msgspec.json.decode(kept, type=Capabilities)
     if opened.form == "chat":
         found = await probe(sender.probe, opened.identity.model)
     else:
-        found = Capabilities(usage=True, tools=await _calls_in_our_template(opened, sender))
+        tools = await _calls_in_our_template(opened, sender)
+        found = Capabilities(usage=True, tools=tools, top_logprobs=config.top_k, logprobs_with_tools=True)
     journal.keep(name, msgspec.json.encode(found).decode())
     return found
 
@@ -107,7 +112,7 @@ async def _calls_in_our_template(opened: Opened, sender: Sender) -> bool:
 def protocol_of(opened: Opened, can: Capabilities, config: MixConfig, seed: int) -> Protocol:
     """How this teacher is asked, given what it can do."""
     local = opened.form == "completions"
-    most = config.max_tokens or (256 if local else 16384 if can.reasoning_field else 1024)
+    most = config.max_tokens or (LOCAL_TOKENS if local else 16384 if can.reasoning_field else 1024)
     top = min(config.top_k, can.top_logprobs) if config.tokenizer and not local else 0
     field = can.reasoning_field if can.reasoning_field not in (None, "content") else None
     return Protocol(

@@ -47,7 +47,6 @@ _PART = re.compile(
 )
 _UNITS = {"ms": 1e-3, "mi": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _ADVICE = re.compile(r"(?:try again|retry(?:ing)?|wait)(?: again)?(?: in| after| for|:)? {0,2}(\d[^,;()\n]{0,40})")
-_WAIT_FIELDS = (("retry_after_ms", 1e-3), ("retry_after", 1.0), ("retryAfter", 1.0), ("retry_after_seconds", 1.0))
 _RESET = re.compile(r"(?:x-)?ratelimit-reset(?:-[a-z-]{1,40})?|anthropic-ratelimit-[a-z-]{1,40}-reset")
 
 
@@ -78,7 +77,7 @@ def judge(exchange: Exchange, now: float) -> Outcome:
             try:
                 reply = read_reply(exchange.body)
             except ReplyError as unusable:
-                problem, error = f"malformed answer: {unusable}", _error(exchange.body)
+                problem, error = f"malformed answer: {unusable}", _error_instead(exchange.body)
             else:
                 return Outcome("answer", None, "keep" if reply.usage is None else "settle", "", reply)
         if error is None or not error.text:
@@ -90,6 +89,15 @@ def judge(exchange: Exchange, now: float) -> Outcome:
     kind, wait = _refusal(status, error, exchange, now)
     charge: Charge = "keep" if status in _UNKNOWN_COST or (problem and status >= 500) else "release"
     return Outcome(kind, wait, charge, f"HTTP {status}: {error.line or problem}"[:500].rstrip(": "))
+
+
+def _error_instead(body: bytes) -> _Error | None:
+    """The error that stands where an answer should; not one in the words of a broken answer."""
+    try:
+        top = msgspec.json.decode(body if len(body) <= _LARGEST_ERROR else b"")
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return None
+    return _error(body) if isinstance(top, dict) and "choices" not in top else None
 
 
 class _Error(NamedTuple):

@@ -19,7 +19,8 @@ from distill.errors import InputError
 
 MOST_CALLS = 5
 MOST_TOKENS = 256
-"""Of each answer."""
+"""Of each answer, unless a teacher thinks for longer before it calls."""
+_LONG_THOUGHT = 2048
 MOST_LOGPROBS = 20
 """Alternatives a token that are asked for: what most servers allow at most."""
 _QUESTION = "Use get_weather to look up the weather in Paris and in Oslo. Make both calls at once."
@@ -51,6 +52,8 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Whether both come in one answer."""
     logprobs_in_stream: bool = False
     usage: bool = False
+    unique_ids: bool = False
+    """Whether answers are numbered, so that one given twice is seen."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     notes: tuple[str, ...] = ()
     """What was refused or missing, one line each."""
@@ -95,6 +98,11 @@ class _Seen(NamedTuple):
         return max((len(row.top) for row in (self.reply and self.reply.logprobs) or ()), default=0)
 
     @property
+    def cut_off(self) -> bool:
+        """Whether the answer ended before a call could come."""
+        return self.reply is not None and self.reply.finish == "length" and not self.reply.calls
+
+    @property
     def n_calls(self) -> int:
         return len(self.reply.calls) if self.reply else 0
 
@@ -115,6 +123,7 @@ class _Prober:
     def __init__(self, post: Callable[[dict[str, Any], bool], Awaitable[Exchange]], model: str, raw: bool) -> None:
         self._post, self._model, self._raw = post, model, raw
         self._left = MOST_CALLS
+        self._most = MOST_TOKENS
         self._k = MOST_LOGPROBS
         self._field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
         self._temperature = self._usage_option = True
@@ -155,11 +164,13 @@ class _Prober:
             seen = self._seen[ask] = _Seen(outcome.reply, exchange, outcome.detail)
             if outcome.kind == "refused":
                 raise InputError(f"the teacher refuses: {outcome.detail}")
-            if seen.reply is not None or not self._left or not self._adapt(ask, seen):
+            if self._left and ask.tools and self._most < _LONG_THOUGHT and seen.cut_off:
+                self._most = _LONG_THOUGHT
+            elif seen.reply is not None or not self._left or not self._adapt(ask, seen):
                 return seen
 
     def _body(self, ask: _Ask) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._model, self._field: MOST_TOKENS}
+        body: dict[str, Any] = {"model": self._model, self._field: self._most}
         if self._temperature:
             body["temperature"] = 0
         if self._raw:
@@ -204,6 +215,7 @@ class _Prober:
                    s.exchange.headers.get("content-type", "")]  # fmt: skip
         plain = [s for ask, s in answers.items() if not ask.stream]
         n_calls = max((s.n_calls for s in answers.values()), default=0)
+        ids = {s.reply.id for s in answers.values() if s.reply}
         fields = [field for s in [*plain, *streams] if (field := _reasoning_field(s)) is not None]
         return Capabilities(
             streaming=bool(streams),
@@ -215,6 +227,7 @@ class _Prober:
             logprobs_with_tools=any(s.depth and s.n_calls for ask, s in answers.items() if not ask.stream),
             logprobs_in_stream=any(s.depth for s in streams),
             usage=any(s.reply and s.reply.usage for s in plain),
+            unique_ids=len(answers) > 1 and len(ids - {""}) == len(answers),
             max_tokens_field=self._field,
             notes=tuple(self._notes + self._remarks()),
         )

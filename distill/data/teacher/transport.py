@@ -20,7 +20,7 @@ from distill import __version__
 from distill.data.teacher.events import StreamReader
 from distill.data.teacher.spec import KEY_VARIABLES, api_key
 from distill.data.teacher.wire import LARGEST_BODY, Exchange, ReplyError
-from distill.errors import InputError
+from distill.errors import InputError, Paused
 
 __all__ = ["Exchange", "HttpTransport", "Transport", "only_model"]
 
@@ -36,6 +36,10 @@ class Transport(Protocol):
 
     async def post(self, body: Mapping[str, Any], *, stream: bool = False) -> Exchange:
         """Never raises for trouble of the network or the server; asyncio.CancelledError passes."""
+        ...
+
+    def distrust(self) -> None:
+        """The server gave an answer twice."""
         ...
 
     async def close(self) -> None:
@@ -114,10 +118,14 @@ class HttpTransport:
             try:
                 return await self._post(content, stream)
             except _Unclean as unclean:
-                if unclean.unsolicited and len(self._sessions) == 1:
-                    # whoever answers twice once may do so again while a request is on its way: one request each
-                    self._sessions.append(self._session(keep_alive=False))
+                if unclean.unsolicited:  # whoever does it once may do it again while a request is on its way
+                    self.distrust()
         return Exchange(0, {}, b"", "every kept-alive connection was closed by the server", False)
+
+    def distrust(self) -> None:
+        """The server answers twice: from now on each connection is used for one request."""
+        if len(self._sessions) == 1:
+            self._sessions.append(self._session(keep_alive=False))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -193,10 +201,13 @@ class HttpTransport:
                     if answer.status in (401, 403):
                         raise InputError(f"the teacher at {base} refuses the key ({problem}), which is read from "
                                          f"{', '.join(KEY_VARIABLES)}")  # fmt: skip
+                    if answer.status == 429 or answer.status >= 500:
+                        raise Paused(self._clean(f"the teacher at {base} is not ready ({problem}); run the same "
+                                                 "command again to go on"))  # fmt: skip
                     if 300 <= answer.status < 400:
                         problem += f", a redirect to {answer.headers.get('location', 'nowhere')}: give that URL"
                     elif answer.status == 200:
-                        found = _model_ids(await answer.content.read(_LARGEST_LIST))
+                        found = _model_ids(await _whole(answer.content))
                         if found is not None:
                             self.base, self.models = base, found
                             return
@@ -209,6 +220,15 @@ class HttpTransport:
         """Words from outside on one line, without our key should they echo it."""
         text = " ".join(text.split())[:2000]
         return text.replace(self._key, "***") if self._key else text
+
+
+async def _whole(content: aiohttp.StreamReader) -> bytes:
+    """A body, or its first _LARGEST_LIST bytes and a little more."""
+    pieces, size = [], 0
+    while size <= _LARGEST_LIST and (chunk := await content.readany()):
+        pieces.append(chunk)
+        size += len(chunk)
+    return b"".join(pieces)
 
 
 def only_model(url: str, listed: Sequence[str]) -> str:

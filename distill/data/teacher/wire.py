@@ -17,7 +17,7 @@ from distill.data.schema import Usage
 
 LARGEST_BODY = 256 << 20
 """Bytes of one answer, streamed or not."""
-_MOST_TOKENS = 1 << 40
+_MOST_TOKENS = 1 << 31
 _SENTINEL = -9000.0  # vLLM writes -9999.0 where it has no log-probability (vllm-project/vllm#17637)
 _TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
 
@@ -82,6 +82,8 @@ class Reply(msgspec.Struct, frozen=True):
     system_fingerprint: str
     logprobs: tuple[TokenLogprob, ...] | None
     flags: tuple[str, ...] = ()
+    id: str = ""
+    """As the server numbers its answers, where it does."""
     """What was unusual: thought_in_content, object_arguments, bad_usage, bad_logprobs, sentinel_logprobs."""
 
 
@@ -115,6 +117,7 @@ class _Body(msgspec.Struct):
     choices: list[_Choice]
     model: str | None = None
     system_fingerprint: str | None = None
+    id: msgspec.Raw = msgspec.Raw()
     usage: msgspec.Raw = msgspec.Raw()
 
 
@@ -140,7 +143,8 @@ def read_reply(body: bytes) -> Reply:
     usage, logprobs = _usage(read.usage, flags), _logprobs(choice.logprobs, flags)
     model, fingerprint = read.model or "", read.system_fingerprint or ""
     finish = choice.finish_reason
-    return Reply(content, reasoning, _calls(message, flags), finish, usage, model, fingerprint, logprobs, tuple(flags))
+    return Reply(content, reasoning, _calls(message, flags), finish, usage, model, fingerprint, logprobs, tuple(flags),
+                 bytes(read.id)[:200].decode(errors="replace"))  # fmt: skip
 
 
 def _thought(message: WireMessage, flags: list[str]) -> tuple[str, str | None]:
@@ -205,9 +209,13 @@ def _usage(raw: msgspec.Raw, flags: list[str]) -> Usage | None:
     if read.prompt_tokens_details:
         cached = read.prompt_tokens_details.cached_tokens or cached
     reasoning = (read.completion_tokens_details and read.completion_tokens_details.reasoning_tokens) or 0
+    if reasoning > completion:  # left out of completion_tokens, and there is no total
+        completion += reasoning
     if not all(0 <= n <= _MOST_TOKENS for n in (prompt, read.completion_tokens or 0, completion, cached, reasoning)):
         flags.append("bad_usage")
         return None
+    if not completion:
+        return None  # an answer is never free: it does not say
     return Usage(prompt, completion, min(reasoning, completion), min(cached, prompt))
 
 
