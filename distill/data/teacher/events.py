@@ -21,6 +21,7 @@ class _Piece(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[_Piece] | None = None
+    id: msgspec.Raw = msgspec.Raw()
     model: str | None = None
     system_fingerprint: str | None = None
     usage: msgspec.Raw = msgspec.Raw()
@@ -117,6 +118,8 @@ class StreamReader:
             raise ReplyError(f"an event of the stream: {one_line(error)}") from error
         if chunk.error and chunk.error != b"null":
             raise StreamError("an error within the stream", data)
+        if chunk.id and chunk.id != b"null":
+            self._top["id"] = chunk.id
         for name in ("model", "system_fingerprint"):
             if value := getattr(chunk, name):
                 self._top[name] = value
