@@ -33,12 +33,15 @@ class Scripted:
     """A transport that gives these exchanges, one after another, the last one for ever."""
 
     def __init__(self, *script: Exchange | Callable[[], Any]) -> None:
-        self.script, self.bodies = list(script), []
+        self.script, self.bodies, self.distrusted = list(script), [], 0
 
     async def post(self, body: Mapping[str, Any], *, stream: bool = False) -> Exchange:
         self.bodies.append(dict(body))
         step = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         return step if isinstance(step, Exchange) else await step()
+
+    def distrust(self) -> None:
+        self.distrusted += 1
 
     async def close(self) -> None:
         pass
@@ -208,6 +211,20 @@ def test_a_server_that_counts_more_than_was_reserved_stops_a_run_with_a_budget(t
     with _raises(Paused, "counted 5,007 tokens .* for a request that may take"):
         _run(tmp_path, transport, lambda sender: sender.ask(REQUEST), limits=Limits(tokens=10_000))
     _run(tmp_path / "free", transport, lambda sender: sender.ask(REQUEST))
+
+
+def test_an_answer_that_was_given_before_is_not_taken_for_another_requests(tmp_path: Path) -> None:
+    first, second = (GOOD._replace(body=GOOD.body[:-1] + f', "id": "{name}"}}'.encode()) for name in "ab")
+    transport = Scripted(first, first, second)
+
+    async def work(sender: Sender) -> Any:
+        sender.unique_ids = True
+        await sender.ask(REQUEST)
+        return await sender.ask(Request(b"x" * 32, BODY))
+
+    answer, ledger = _run(tmp_path, transport, work)
+    assert answer.body == second.body and transport.distrusted == 1
+    assert ledger["uncertain"].attempts == 1, "the real answer to it may have been served"
 
 
 def test_a_combination_that_a_server_answers_with_500_is_the_probes_to_judge(tmp_path: Path) -> None:
