@@ -296,6 +296,22 @@ def test_words_of_an_evaluation_set_are_found_with_their_evidence(path: Path, tm
     assert validate(path).gates["contamination"].status == "skipped"
 
 
+def test_an_item_of_few_words_is_found_though_the_other_texts_are_long(path: Path, tmp_path: Path) -> None:
+    own = tmp_path / "eval.txt"
+    own.write_text("Answer me this\n")
+
+    def plant(rows: list[dict[str, Any]]) -> None:
+        rows[2]["ground_truth"] = "answer ME this!"
+
+    edit_lines(path, plant)
+    assert failing(path, Options(eval_sets=(own,))) == ["contamination"]
+
+
+def test_usage_that_costs_something_else_by_the_prices_is_found(path: Path) -> None:
+    edit_header(path, lambda h: h["config"].update(prices={"input": 1.0, "output": 2.0}))
+    assert "costs" in failing(path)
+
+
 def test_evaluation_sets_that_the_header_names_are_found_where_they_were(path: Path, tmp_path: Path) -> None:
     own = tmp_path / "eval.jsonl"
     own.write_text(json.dumps({"prompt": kd.Dataset.open(path)[4].prompt}) + "\n")

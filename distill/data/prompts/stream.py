@@ -170,7 +170,7 @@ class PromptStream:
                 too_long += 1
                 if too_long == _TOO_LONG:
                     return None
-            elif hits := self._evaluation.hits(said(prompt)):
+            elif hits := [hit for m in prompt.messages if m.role == "user" for hit in self._evaluation.hits(m.content)]:
                 drop(prompt, "contaminated", "; ".join(f"{hit.set} {hit.item}: {hit.ngram}" for hit in hits))
             elif match := index.find(sketch):
                 same = match.similarity == 1

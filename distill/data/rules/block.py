@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from distill.data import records as kd
+from distill.data.budget import Prices
 from distill.data.prompts.contamination import ContaminationIndex
 from distill.data.prompts.similarity import NearDuplicates
 from distill.data.rules import secrets
@@ -69,7 +70,7 @@ class Checker:
         if self._deep:
             self.store = self._open("distributions", kd.sidecar(path) / STORE, TopK)
         evaluation = ContaminationIndex.load(options.eval_sets) if self._deep and options.eval_sets else None
-        self.context = Context(header, tokenizer, evaluation)
+        self.context = Context(header, tokenizer, evaluation, _prices(header))
         self._sketching = NearDuplicates(near_duplicate(header)) if self._deep else None
         skipped_rules = {"personal_data"} if options.pii == "allow" else set()
         self._rules = [
@@ -171,6 +172,14 @@ def _uncollected() -> Iterator[None]:
 
 
 _DECODER = msgspec.json.Decoder(kd.Record)
+
+
+def _prices(header: kd.Header) -> Prices | None:
+    """The prices in a header's configuration, if they are some."""
+    try:
+        return msgspec.convert(header.config.get("prices"), Prices | None)
+    except (msgspec.ValidationError, ValueError):
+        return None
 
 
 def _is_json(line: bytes) -> bool:

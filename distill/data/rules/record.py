@@ -5,6 +5,7 @@ Structural rules look at a record's parts alone; the others render it, read its 
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from distill import chat
 from distill.broker import fixture_sha256
+from distill.data.budget import dollars
 from distill.data.episodes import reply_sha256
 from distill.data.rules import secrets
 from distill.data.rules.view import View
@@ -204,6 +207,8 @@ def _costs(view: View) -> Iterator[str]:
         yield "its cost is not an amount"
     if usage and not (0 <= usage.reasoning <= usage.completion and 0 <= usage.cached <= usage.prompt):
         yield "its usage is impossible: parts are more than their whole"
+    elif usage and cost is not None and (prices := view.context.prices) and dollars(prices.cost(usage)) != cost:
+        yield f"its usage costs {dollars(prices.cost(usage))} USD by the configuration's prices, it says {cost}"
 
 
 def _leak(view: View) -> Iterator[str]:
@@ -239,11 +244,15 @@ def _personal_data(view: View) -> Iterator[str]:
 
 
 def _contamination(view: View) -> Iterator[str]:
-    """No run of words of an evaluation set, in what is asked or answered."""
+    """No run of words of an evaluation set in any text of a record, each by itself: joined, a short one is missed."""
     if view.context.evaluation is None:
         return
-    turns = [turn.content for turn in view.record.messages if turn.role in ("user", "assistant")]
-    for hit in view.context.evaluation.hits("\n".join(turns), limit=3):
+    record = view.record
+    texts = {record.ground_truth or "", record.reasoning or ""}
+    for turn in record.messages:
+        texts |= {turn.content, turn.reasoning, *(chat.call_text(call) for call in turn.tool_calls)}
+    hits = (hit for text in sorted(texts) if text for hit in view.context.evaluation.hits(text, limit=3))
+    for hit in itertools.islice(hits, 3):
         yield f"shares {hit.ngram!r} with {hit.item} of {hit.set}"
 
 

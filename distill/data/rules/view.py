@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from distill.data.budget import Prices
 from distill.data.prompts.contamination import ContaminationIndex
 from distill.data.schema import Header, Record
 from distill.data.store.distributions import Distribution
@@ -22,6 +23,8 @@ class Context(NamedTuple):
     header: Header
     tokenizer: Tokenizer | None = None
     evaluation: ContaminationIndex | None = None
+    prices: Prices | None = None
+    """Those of the header's configuration."""
 
 
 class View:
