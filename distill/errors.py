@@ -76,6 +76,9 @@ class UnsupportedOpError(InputError):
         super().__init__(f"{what}: no implementation of {'; '.join(parts)}{more}")
 
 
+GO_ON = "run the same command again to go on"
+
+
 class Paused(DistillError):
     """The work stopped early and nothing is lost; running the same command again resumes it."""
 

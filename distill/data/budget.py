@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -62,7 +63,15 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OutOfBudget(Paused):
-    """The next request does not fit what is left."""
+    """The next request does not fit what is left. Its words are those of the budget when they are read: requests that
+    fit may still be answered after it was raised."""
+
+    def __init__(self, budget: Budget, wanted: Totals) -> None:
+        super().__init__()
+        self._budget, self._wanted = budget, wanted
+
+    def __str__(self) -> str:
+        return self._budget.problem(self._wanted)
 
 
 class Budget:
@@ -89,7 +98,7 @@ class Budget:
         wanted = Totals(1, tokens, cost)
         if self._queue or not self._fits(wanted):
             if not self._queue and not self.reserved.attempts:
-                raise OutOfBudget(self._problem(wanted))
+                raise OutOfBudget(self, wanted)
             place = (wanted, asyncio.get_running_loop().create_future())
             self._queue.append(place)
             try:
@@ -119,11 +128,12 @@ class Budget:
                 _wake(future, None)
             elif not self.reserved.attempts:
                 self._queue.popleft()
-                _wake(future, OutOfBudget(self._problem(wanted)))
+                _wake(future, OutOfBudget(self, wanted))
             else:
                 return
 
-    def _problem(self, wanted: Totals) -> str:
+    def problem(self, wanted: Totals) -> str:
+        """That a request does not fit, with what is spent."""
         parts = []
         if self._tokens != math.inf:
             parts.append(
@@ -177,6 +187,7 @@ def prompt_bound(messages: str | Sequence[Any], tools: Sequence[Any]) -> int:
     return size + marks + 128 + (2 * len(msgspec.json.encode(tools)) + 512 if tools else 0)
 
 
+@lru_cache(maxsize=16)
 def _units(price: float) -> int:
     """Dollars a million tokens as 1e-12 dollars a token, rounded up."""
     return math.ceil(Decimal(repr(price)) * 10**6)

@@ -18,7 +18,7 @@ from distill.data.episodes import Accepted, Protocol, Rejected, episode, replay
 from distill.data.generation import Plan, most_asked
 from distill.data.journal import Journal
 from distill.data.mix_config import OPERATIONAL, MixConfig
-from distill.data.prompts.stream import Prompt, PromptStream
+from distill.data.prompts.stream import Dropped, Prompt, PromptStream
 from distill.data.schema import LogprobInfo, Usage, completion_ids
 from distill.data.status import Status
 from distill.data.store.distributions import Distribution, from_endpoint
@@ -28,6 +28,8 @@ from distill.data.teacher.spec import Spec
 from distill.data.teacher.wire import Reply
 from distill.errors import DistillError
 from distill.tokenizer import Tokenizer
+
+_EXAMPLES = 50  # of dropped prompts, for each reason
 
 
 class Built(NamedTuple):
@@ -44,9 +46,23 @@ class Built(NamedTuple):
     seed: int
 
 
-def write(out: Path, built: Built, journal: Journal, status: Status) -> tuple[kd.Header, dict[str, int]]:
-    """Write the dataset, of a white box with the distributions that its logits give. Returns its header, and how many
-    records are missing of each stratum. DistillError if no answer was accepted."""
+class Shortfall(NamedTuple):
+    """Of a stratum: how many records are missing, why, and what helps."""
+
+    missing: int
+    why: str
+
+
+_BAD_CALLS = "this teacher does not do what the stratum asks: leave it out of `strata`, or ask another teacher"
+_ADVICE = {"length": "raise `max_tokens`", "fixture_miss": "add to `fixtures` what is called"} | dict.fromkeys(
+    ("args", "unknown_tool", "schema", "too_many_calls", "no_call", "unexpected_call", "too_many_turns"), _BAD_CALLS
+)  # fmt: skip
+"""What helps against a reason for rejects; against others, reading them does."""
+
+
+def write(out: Path, built: Built, journal: Journal, status: Status) -> tuple[kd.Header, dict[str, Shortfall]]:
+    """Write the dataset, of a white box with the distributions that its logits give. Returns its header, and the strata
+    that are short of their quota. DistillError if no answer was accepted."""
     builder = Builder(built, journal)
     records: Iterable[kd.Record] = builder.records()
     info: LogprobInfo | None = None
@@ -65,8 +81,7 @@ def write(out: Path, built: Built, journal: Journal, status: Status) -> tuple[kd
         rejects=builder.rejects, finish=builder.finish, report=builder.report,
     )  # fmt: skip
     spool_of(out).unlink(missing_ok=True)
-    missing = {name: quota - builder.strata[name] for name, quota in built.plan.quotas.items()}
-    return header, {name: n for name, n in missing.items() if n > 0}
+    return header, builder.shortfalls()
 
 
 def _header(built: Built, info: LogprobInfo | None) -> kd.Header:
@@ -75,7 +90,7 @@ def _header(built: Built, info: LogprobInfo | None) -> kd.Header:
         config=config | {"seed": built.seed, "total": sum(built.plan.quotas.values())},
         sampling=msgspec.to_builtins(built.protocol.sampling), teacher=built.protocol.identity, prompts_sha256="",
         tokenizer=built.tokenizer, logprobs=info, licence=built.config.licence, quotas=built.plan.quotas,
-        quota_tolerance=built.config.quota_tolerance, capabilities=msgspec.to_builtins(built.capabilities),
+        quota_tolerance=built.config.quota_tolerance, capabilities=built.capabilities.facts(),
         decontamination=built.prompts.decontamination, near_duplicates=built.config.near_duplicates,
     )  # fmt: skip
 
@@ -97,6 +112,17 @@ def _capture(
         box, records, config.top_k, identity=f"{teacher.weights_sha256 or teacher.model} {config.capture_dtype}",
         spool=spool_of(out), on_tokens=status.captured,
     )  # fmt: skip
+
+
+def _examples(dropped: Sequence[Dropped]) -> list[dict[str, str]]:
+    """The first of each reason: many duplicates must not hide what an evaluation set holds."""
+    taken: Counter[str] = Counter()
+    out = []
+    for drop in dropped:
+        taken[drop.reason] += 1
+        if taken[drop.reason] <= _EXAMPLES:
+            out.append(drop._asdict())
+    return out
 
 
 def spool_of(out: Path) -> Path:
@@ -163,20 +189,46 @@ class Builder:
 
     def report(self) -> dict[str, Any]:
         """How the dataset came about; the same for the same answers."""
-        prompts = self._built.prompts
-        quotas = self._built.plan.quotas
+        prompts, short = self._built.prompts, self.shortfalls()
+        strata = {
+            name: {"quota": quota, "records": self.strata[name], "rejected": self._reasons(name).total()}
+            | ({"short": short[name].why} if name in short else {})
+            for name, quota in self._built.plan.quotas.items()
+        }
+        cost = self._cost_usd()
         return {
             "rejected": dict(sorted(self._reasons().items())),
-            "strata": {name: {"quota": quota, "records": self.strata[name]} for name, quota in quotas.items()},
+            "strata": strata,
             "left_out": prompts.left_out,
             "prompts_dropped": {f"{name}: {reason}": n for (name, reason), n in sorted(prompts.drops.items())},
-            "dropped_examples": [drop._asdict() for drop in prompts.dropped[:100]],
+            "dropped_examples": _examples(prompts.dropped),
             "unaligned_logprobs": self.unaligned,
-            "cost_usd": self._cost_usd(),
+            "cost_usd": cost,
+            "cost_usd_per_record": None if cost is None else round(cost / len(self._ids), 12),
         }
 
-    def _reasons(self) -> Counter[str]:
-        return Counter(reject["reason"] for reject in self.rejects)
+    def shortfalls(self) -> dict[str, Shortfall]:
+        """Strata that have fewer records than their quota."""
+        quotas = self._built.plan.quotas.items()
+        return {name: Shortfall(quota - self.strata[name], self._why_short(name, quota))
+                for name, quota in quotas if self.strata[name] < quota}  # fmt: skip
+
+    def _why_short(self, name: str, quota: int) -> str:
+        reasons = sorted(self._reasons(name).items(), key=lambda item: (-item[1], item[0]))
+        rejected = sum(n for _, n in reasons)
+        asked = self.strata[name] + rejected
+        listed = f" ({', '.join(f'{reason} {n}' for reason, n in reasons)})" if reasons else ""
+        if asked >= most_asked(quota):
+            return (f"too many answers were rejected, {rejected} of {asked}{listed}; "
+                    f"{_ADVICE.get(reasons[0][0], 'rejects.jsonl has each of them')}")  # fmt: skip
+        if name not in self._built.prompts.exhausted:
+            return "the run stopped early"
+        also = f", and {rejected} answers were rejected{listed}" if rejected else ""
+        return (f"its {asked} prompts are used up{also}; give it less weight, or more prompts"
+                " (`sources`), or lower --total")  # fmt: skip
+
+    def _reasons(self, stratum: str | None = None) -> Counter[str]:
+        return Counter(reject["reason"] for reject in self.rejects if stratum in (None, reject["stratum"]))
 
     def _cost_usd(self) -> Decimal | None:
         """What all answers, rejected ones included, cost."""

@@ -30,8 +30,9 @@ from distill.tools import arguments_problem
 MAX_CALLS = 16
 """Calls in one turn."""
 REJECTS = (
-    "length", "filtered", "finish", "empty", "tool_leak", "control_token", "args", "unknown_tool", "schema",
-    "too_many_calls", "no_call", "unexpected_call", "too_many_turns", "secret", "fixture_miss", "http", "unanswered",
+    "length", "filtered", "finish", "empty", "tool_leak", "lost_bytes", "args", "unknown_tool", "schema",
+    "too_many_calls", "no_call", "unexpected_call", "too_many_turns", "secret", "fixture_miss", "http", "malformed",
+    "unanswered",
 )  # fmt: skip
 """Why an episode cannot be a record."""
 
@@ -102,11 +103,13 @@ def episode(prompt: Prompt, protocol: Protocol, broker: Broker) -> Episode:
         live.requests.append(request.key.hex())
         answer = yield request
         if answer.dead is not None:
-            return Rejected("unanswered" if answer.dead.startswith("unanswered") else "http", answer.dead, live.usages)
+            # the words of the last of many failures differ from run to run
+            detail = answer.dead.detail if answer.dead.reason == "http" else "given up after many attempts"
+            return Rejected(answer.dead.reason, detail, live.usages)
         try:
             reply = _read(answer, protocol)
         except wire.ReplyError as error:
-            return Rejected("http", str(error), live.usages)
+            return Rejected("malformed", str(error), live.usages)
         live.replies.append(reply)
         turn, problem = _turn(reply, prompt, offered, live, protocol)
         if problem or turn is None:
@@ -199,7 +202,7 @@ def _turn(reply: wire.Reply, prompt: Prompt, offered: Mapping[str, Any], live: _
     try:
         chat.segments([chat.Message("user", "?"), turn])
     except InputError as error:
-        return None, ("control_token", str(error))
+        return None, ("tool_leak", str(error))
     return turn, None
 
 
@@ -213,6 +216,8 @@ def _finish_problem(reply: wire.Reply) -> tuple[str, str] | None:
 def _text_problem(reply: wire.Reply) -> tuple[str, str] | None:
     if family := wire.leak_of(reply):
         return "tool_leak", family
+    if wire.lost_bytes(reply.content) or wire.lost_bytes(reply.reasoning or ""):
+        return "lost_bytes", "the text holds characters that stand for lost bytes"
     texts = [reply.content, reply.reasoning or "", *(call.arguments for call in reply.calls)]
     kind = secrets.secret_in("\n".join(texts) if len(texts) > 2 or texts[1] else texts[0])
     return ("secret", kind) if kind else None
@@ -233,6 +238,11 @@ def _calls(reply: wire.Reply, offered: Mapping[str, Any],
             return (), ("args", f"{raw.name or 'a call'}: {error}")
         if raw.name not in offered:
             return (), ("unknown_tool", f"{raw.name[:80]} is not offered")
+        plain = msgspec.json.encode(arguments).decode()
+        if family := wire.markup_in(plain):
+            return (), ("tool_leak", f"{raw.name}: {family} in its arguments")
+        if wire.lost_bytes(plain) or r"\u0000" in plain:
+            return (), ("lost_bytes", f"{raw.name}: its arguments hold characters that stand for lost bytes")
         call = Call(raw.name, arguments, id=f"call_{before + len(out)}")
         if problem := arguments_problem(call, offered[raw.name]):
             return (), ("schema", f"{raw.name}: {problem}")

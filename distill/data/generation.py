@@ -15,15 +15,17 @@ from typing import Any
 
 from distill.broker import Broker
 from distill.data.episodes import Accepted, Protocol, Rejected, advance, episode
-from distill.data.journal import Answer, Journal
+from distill.data.journal import Answer, Dead, Journal, Reason
 from distill.data.prompts.stream import Prompt, PromptStream
 from distill.data.sender import Request, Sender, Stopped, Unanswered
 from distill.data.status import Status
-from distill.errors import Paused, Terminated
+from distill.data.teacher.outcomes import MALFORMED
+from distill.errors import GO_ON, Paused, Terminated
 
 _DOWN_AFTER = 3  # prompts in a row that got no answer: the teacher is away
 _GIVE_UP_AFTER = 3  # times the attempts that a request is worth
 _MORE_IN_AN_OUTAGE = 5  # times as many, where no other request is answered
+_MOST_MALFORMED = 5  # whole answers to a request that cannot be read: each is paid
 _DRAIN = 2.0  # seconds that SIGTERM leaves to what is in flight
 
 
@@ -110,7 +112,6 @@ class Generation:
         self._plan, self._protocol, self._broker, self._sender = plan, protocol, broker, sender
         self._journal, self._status, self._attempts = journal, status, attempts
         self._down = 0
-        self._answered = 0
 
     async def run(self, workers: int, interrupts: Interrupts) -> None:
         """Ask until every quota is full or its prompts are used up.
@@ -166,9 +167,9 @@ class Generation:
                 step = advance(play, answer)
             end = step
         except Unanswered as error:
-            self._down += error.exchange.status != 200  # one that answers, however badly, is not away
+            self._down += 1
             if self._down >= _DOWN_AFTER:
-                raise Paused(f"the teacher stopped answering ({error}); run the same command again to go on") from error
+                raise Paused(f"the teacher stopped answering ({error}); {GO_ON}") from error
         finally:
             if end is None:
                 self._plan.put_back(prompt)
@@ -178,21 +179,26 @@ class Generation:
 
     async def _ask(self, request: Request) -> Answer:
         """An answer, or after many failures of this request, while others are answered, that there is none."""
-        before = self._answered
         try:
             answer = await self._sender.ask(request)
-            self._answered += 1
-            self._down = 0
-            return answer
         except Unanswered as error:
-            # in an outage nobody is answered, and that is not the request's fault
-            alive = self._answered > before or error.exchange.status == 200
-            enough = _GIVE_UP_AFTER * self._attempts * (1 if alive else _MORE_IN_AN_OUTAGE)
-            if self._journal.failures(request.key) < enough:
+            await self._journal.flush()
+            reason = self._hopeless(request.key)
+            if reason is None:
                 raise
-            detail = f"unanswered: {error}"
-            self._journal.give_up(request.key, detail)
-            return Answer(b"", detail)
+            return self._journal.give_up(request.key, Dead(reason, str(error)))
+        self._down = 0
+        return answer
+
+    def _hopeless(self, key: bytes) -> Reason | None:
+        """Why a request is given up, if it has failed often enough. In an outage nobody is answered, and that is not
+        the request's fault."""
+        every, malformed = self._journal.failures(key), self._journal.failures(key, MALFORMED)
+        for failed, most in ((malformed, _MOST_MALFORMED), (every, _GIVE_UP_AFTER * self._attempts)):
+            alive = len(failed) >= most and self._journal.answered_since(failed[-most])
+            if alive or len(failed) >= most * _MORE_IN_AN_OUTAGE:
+                return "malformed" if 2 * len(malformed) > len(every) else "unanswered"
+        return None
 
 
 class Interrupts:
@@ -222,7 +228,7 @@ class Interrupts:
         if self._got and (kind is None or issubclass(kind, asyncio.CancelledError)):
             if signal.SIGTERM in self._got:
                 raise Terminated
-            raise Paused("interrupted; run the same command again to go on")
+            raise Paused(f"interrupted; {GO_ON}")
 
     @contextlib.contextmanager
     def during(self, stop: Callable[[], None], drop: Callable[[], None]) -> Iterator[None]:

@@ -24,11 +24,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from distill.artifacts import require_replaceable_file
 from distill.data.schema import Usage
-from distill.data.teacher.wire import Reply
+from distill.data.teacher.wire import LARGEST_BODY, Reply
 from distill.errors import DatasetError, InputError, describe_os_error
 
 JOURNAL = "journal.sqlite"
@@ -46,7 +46,6 @@ _TABLES = {
     "crc32 INTEGER NOT NULL, body BLOB NOT NULL) STRICT",
 }
 _PACK_ABOVE = 16 << 10  # bytes; log-probabilities make bodies large and compress 10 to 1
-_LONGEST_BODY = 256 << 20
 
 _RESERVE = (
     "INSERT INTO attempt(id, run, key, purpose, began, state, reserved_tokens, reserved_cost) "
@@ -61,14 +60,25 @@ _NOTHING = ""
 _META = "INSERT OR REPLACE INTO meta(name, value) VALUES(?,?)"
 
 State = Literal["settled", "released", "uncertain"]
+Reason = Literal["http", "malformed", "unanswered"]
 _Operation = tuple[str, tuple[Any, ...], asyncio.Future[None] | None]
 
 
+class Dead(NamedTuple):
+    """Why there never will be an answer: the server refused (http), or it was given up."""
+
+    reason: Reason
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
 class Answer(NamedTuple):
-    """What is known of a request: the body that came back, or why there never will be one (`dead`)."""
+    """What is known of a request: the body that came back, or why there never will be one."""
 
     body: bytes
-    dead: str | None = None
+    dead: Dead | None = None
     reply: Reply | None = None
     """The body, read, of one that has just come."""
 
@@ -137,15 +147,7 @@ class Journal:
         """What is known of a request, if anything is: by the set of keys first, since most are asked for when new."""
         if key not in self._known:
             return None
-        with damage(self.path):
-            sql = "SELECT dead, packed, crc32, body FROM answer WHERE key=?"
-            row = self._reader.execute(sql, (key,)).fetchone()
-        if row is None:
-            return None
-        dead, packed, crc32, body = row
-        if crc32 != _crc32(key, dead, body):
-            raise DatasetError(f"{self.path}: damaged: an answer is not the one that was kept")
-        return Answer(_unpack(body, self.path) if packed else body, dead)
+        return read_answer(self._reader, self.path, key)
 
     def meta(self, name: str) -> str | None:
         """A value that was kept."""
@@ -153,12 +155,19 @@ class Journal:
             row = self._reader.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
         return row[0] if row else None
 
-    def failures(self, key: bytes) -> int:
-        """Attempts at a request that the server took up and did not answer; not those that we broke off."""
+    def failures(self, key: bytes, beginning: str = "") -> list[int]:
+        """Attempts at a request that the server took up and did not answer, not those that we broke off; of those
+        whose detail begins so."""
         with damage(self.path):
-            sql = ("SELECT count(*) FROM attempt WHERE key=? AND status IS NOT NULL AND detail <> 'cancelled' "
-                   "AND (state='uncertain' OR status=500)")  # fmt: skip
-            return int(self._reader.execute(sql, (key,)).fetchone()[0])
+            sql = ("SELECT id FROM attempt WHERE key=? AND status IS NOT NULL AND detail <> 'cancelled' "
+                   "AND (state='uncertain' OR status=500) AND substr(detail, 1, ?)=? ORDER BY id")  # fmt: skip
+            return [number for (number,) in self._reader.execute(sql, (key, len(beginning), beginning))]
+
+    def answered_since(self, attempt: int) -> bool:
+        """Whether an attempt that began after this one was answered."""
+        with damage(self.path):
+            sql = "SELECT EXISTS(SELECT 1 FROM answer WHERE attempt > ? AND dead IS NULL)"
+            return bool(self._reader.execute(sql, (attempt,)).fetchone()[0])
 
     def recent(self, seconds: float) -> list[tuple[float, int]]:
         """Attempts that began in the last `seconds`: how long ago, oldest first, and their tokens."""
@@ -190,16 +199,21 @@ class Journal:
 
     def settle_with(self, attempt: int, end: Settlement, key: bytes, answer: Answer) -> None:
         """Enter how an attempt ended together with its answer, in one transaction."""
+        self._submit(_SETTLE, _settle_row(attempt, end))
+        self._enter_answer(key, attempt, answer)
+
+    def give_up(self, key: bytes, dead: Dead) -> Answer:
+        """Enter that a request will never be answered."""
+        answer = Answer(b"", dead)
+        self._enter_answer(key, 0, answer)
+        return answer
+
+    def _enter_answer(self, key: bytes, attempt: int, answer: Answer) -> None:
         packed = len(answer.body) > _PACK_ABOVE
         body = zlib.compress(answer.body, 1) if packed else answer.body
-        self._submit(_SETTLE, _settle_row(attempt, end))
+        dead = None if answer.dead is None else str(answer.dead)
         self._known.add(key)
-        self._submit(_ANSWER, (key, attempt, answer.dead, int(packed), _crc32(key, answer.dead, body), body))
-
-    def give_up(self, key: bytes, detail: str) -> None:
-        """Enter that a request will never be answered."""
-        self._known.add(key)
-        self._submit(_ANSWER, (key, 0, detail, 0, _crc32(key, detail, b""), b""))
+        self._submit(_ANSWER, (key, attempt, dead, int(packed), _crc32(key, dead, body), body))
 
     def keep(self, name: str, value: str) -> None:
         """Keep a value."""
@@ -284,10 +298,25 @@ def read_ledger(path: Path) -> sqlite3.Connection:
     require_replaceable_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such journal")
+    # a journal at rest is read without a trace; one that is written to has its latest rows in the log beside it
+    log = path.with_name(f"{path.name}-wal")
+    rest = "" if log.is_file() and log.stat().st_size else "&immutable=1"
     with damage(path):
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{rest}", uri=True)
         _check(db, path)
     return db
+
+
+def read_answer(db: sqlite3.Connection, path: Path, key: bytes) -> Answer | None:
+    """What the journal `db`, of the file `path`, holds of a request. DatasetError if that is damaged."""
+    with damage(path):
+        row = db.execute("SELECT dead, packed, crc32, body FROM answer WHERE key=?", (key,)).fetchone()
+    if row is None:
+        return None
+    dead, packed, crc32, body = row
+    if not (isinstance(body, bytes) and isinstance(dead, str | None)) or crc32 != _crc32(key, dead, body):
+        raise DatasetError(f"{path}: damaged: an answer is not the one that was kept")
+    return Answer(_unpack(body, path) if packed else body, _dead(dead))
 
 
 def totals(db: sqlite3.Connection, where: str = "1") -> dict[str, Totals]:
@@ -309,6 +338,13 @@ def _settle_row(attempt: int, end: Settlement) -> tuple[Any, ...]:
     return (time.time(), end.state, end.status, end.detail, *counted, end.cost, attempt)
 
 
+def _dead(text: str | None) -> Dead | None:
+    if text is None:
+        return None
+    reason, _, detail = text.partition(": ")
+    return Dead(reason, detail) if reason in get_args(Reason) else Dead("http", text)  # type: ignore[arg-type]
+
+
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: Any) -> None:
     """Call in a loop's thread; a loop that is gone has nobody who waits."""
     with contextlib.suppress(RuntimeError):
@@ -328,11 +364,11 @@ def _crc32(key: bytes, dead: str | None, body: bytes) -> int:
 def _unpack(body: bytes, path: Path) -> bytes:
     unpacker = zlib.decompressobj()
     try:
-        plain = unpacker.decompress(body, _LONGEST_BODY)
+        plain = unpacker.decompress(body, LARGEST_BODY)
     except zlib.error as error:
         raise DatasetError(f"{path}: damaged: {error}") from error
     if not unpacker.eof:
-        raise DatasetError(f"{path}: damaged: an answer is cut off or longer than {_LONGEST_BODY >> 20} MiB")
+        raise DatasetError(f"{path}: damaged: an answer is cut off or longer than {LARGEST_BODY >> 20} MiB")
     return plain
 
 

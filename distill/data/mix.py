@@ -8,37 +8,40 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from distill.artifacts import canonical_json, require_replaceable_file, sweep
 from distill.config import as_dict, build, load
 from distill.data import records as kd
+from distill.data.asking import (
+    depends_on,
+    known_unprobed,
+    longest_answer,
+    protocol_of,
+    require_same_run,
+    room,
+    streams,
+)
 from distill.data.budget import Budget, OutOfBudget, usd
-from distill.data.build import Built, write
-from distill.data.episodes import Protocol
+from distill.data.build import Built, Shortfall, write
+from distill.data.dry_run import Forecast
 from distill.data.generation import Generation, Interrupts, Plan
 from distill.data.journal import JOURNAL, Journal, Totals
 from distill.data.mix_config import MixConfig
-from distill.data.prompts.stream import describe, open_prompts
+from distill.data.prompts.stream import open_prompts
 from distill.data.sender import Sender
 from distill.data.status import Status
 from distill.data.teacher.admission import WINDOW, Admission
 from distill.data.teacher.opening import (
-    LOCAL_TOKENS,
     Opened,
     capabilities_of,
-    depends_on,
     open_teacher,
-    protocol_of,
-    room,
     server_name,
-    streams,
 )
 from distill.data.teacher.spec import Spec, parse_spec
-from distill.errors import InputError, Paused, stage_main
+from distill.errors import GO_ON, InputError, Paused, stage_main
 
 DEFAULT_CONFIG = Path("configs/kd_mix.yaml")
 
@@ -58,8 +61,8 @@ class Made(NamedTuple):
     """What came of it."""
 
     header: kd.Header
-    short: dict[str, int]
-    """Records missing of each stratum."""
+    short: dict[str, Shortfall]
+    """Strata that have fewer records than their quota."""
     spent: str
 
 
@@ -72,25 +75,29 @@ def make(
     Paused: stopped early, and the same command goes on. Where only the budget stopped it, a dataset of what was
     accepted is written first.
     """
-    if total < 1:
-        raise InputError(f"--total {total} must be at least 1")
+    _require_some(total)
     job = Job(Path(out), parse_spec(teacher), total, config, seed, fork)
     _require_ours(job.out)
-    with Journal(kd.sidecar(out) / JOURNAL) as journal, Status(total, quiet=quiet) as status:
-        _sweep(job.out)
-        budget = Budget(config.budget, _spent(journal))
-        status.spending(budget, priced=config.prices is not None)
-        try:
+    try:
+        with Journal(kd.sidecar(out) / JOURNAL) as journal, Status(total, quiet=quiet) as status:
+            _sweep(job.out)
+            budget = Budget(config.budget, _spent(journal))
+            status.spending(budget, priced=config.prices is not None)
             built, stopped = asyncio.run(_generate(job, journal, budget, status))
             status.phase("writing the dataset")
             header, short = write(job.out, built, journal, status)
-        except KeyboardInterrupt:
-            raise Paused("interrupted; run the same command again to go on") from None
+    except KeyboardInterrupt:
+        raise Paused(f"interrupted; {GO_ON}") from None
     if stopped:
         raise Paused(f"{stopped}; {header.counts['records']:,} of {total:,} records are in {out}; raise the budget and "
-                     "run the same command again to go on")  # fmt: skip
+                     f"{GO_ON}")  # fmt: skip
     money = f", {usd(budget.spent.cost)} USD" if config.prices else ""
     return Made(header, short, f"{budget.spent.tokens:,} tokens{money} spent")
+
+
+def _require_some(total: int) -> None:
+    if total < 1:
+        raise InputError(f"--total {total} must be at least 1")
 
 
 def _require_ours(out: Path) -> None:
@@ -104,7 +111,7 @@ def _require_ours(out: Path) -> None:
 def _sweep(out: Path) -> None:
     """Remove what killed runs left half-written; the journal's lock is held."""
     sweep(out)
-    for name in ("header.json", "logprobs.safetensors", "tokenizer.json", "rejects.jsonl", "report.json"):
+    for name in kd.SIDECAR_FILES:
         sweep(kd.sidecar(out) / name)
 
 
@@ -127,10 +134,16 @@ async def _ask(
     admission = Admission(opened.most, rpm=config.rpm, tpm=config.tpm, start=opened.most if opened.here else None)
     admission.remember(journal.recent(2 * WINDOW))
     sender = Sender(opened.transport, journal, admission, budget, config.prices, status, attempts=config.attempts)
+    if opened.remark:
+        status.say(f"  {opened.remark}")
+    if not job.fork:  # before anything is paid
+        require_same_run(journal, known_unprobed(opened, config, job.seed))
     can = await capabilities_of(opened, config, sender, journal, anew=job.fork)
     server = await server_name(opened, journal)
     protocol = protocol_of(opened, can, config, job.seed)
-    _require_same_run(job, protocol, journal)
+    if not job.fork:
+        require_same_run(journal, depends_on(protocol))
+    journal.keep("depends_on", canonical_json(depends_on(protocol)))
     for line in can.lines():
         status.say(f"  {line}")
     sender.unique_ids = can.unique_ids
@@ -156,20 +169,6 @@ def _spent(journal: Journal) -> Totals:
     """What the journal's ledger counts as spent: settled, or perhaps served."""
     found = journal.totals()
     return found.get("settled", Totals()) + found.get("uncertain", Totals())
-
-
-def _require_same_run(job: Job, protocol: Protocol, journal: Journal) -> None:
-    """InputError if the journal's answers were given by another teacher or under other settings: none would be used."""
-    now = depends_on(protocol)
-    kept = journal.meta("depends_on")
-    if kept is not None and not job.fork:
-        before = msgspec.json.decode(kept)
-        changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
-                   if before.get(name) != now.get(name)]  # fmt: skip
-        if changed:
-            raise InputError(f"{journal.path} is of another run: {'; '.join(changed)}. --fork asks everything anew and "
-                             "keeps what it has; another --out leaves it alone")  # fmt: skip
-    journal.keep("depends_on", canonical_json(now))
 
 
 def _config(args: argparse.Namespace) -> MixConfig:
@@ -209,21 +208,37 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     config = _config(args)
     if args.dry_run:
-        local = parse_spec(args.teacher).kind == "gguf"
-        space = config.context - (config.max_tokens or LOCAL_TOKENS) if local else None
-        for line in describe(open_prompts(config, args.seed, tools=True, room=space), args.total):
-            print(line)
-        print("strata with tools are left out where the teacher makes no calls: the probe finds out")
-        return 0
+        return _dry_run(args, config)
     made = make(args.out, args.teacher, args.total, config, seed=args.seed, fork=args.fork)
+    for line in _summary(args.out, made, config):
+        print(line)
+    return 1 if made.short else 0
+
+
+def _dry_run(args: argparse.Namespace, config: MixConfig) -> int:
+    _require_some(args.total)
+    kind = parse_spec(args.teacher).kind
+    local = kind != "endpoint"
+    room = config.context - longest_answer(config, local=local, reasons=False) if kind == "gguf" else None
+    prompts = open_prompts(config, args.seed, tools=True, room=room)
+    for line in Forecast(prompts, args.total, config, local=local, out=Path(args.out)).lines():
+        print(line)
+    print("strata with tools are left out where the teacher makes no calls: the probe finds out")
+    return 0
+
+
+def _summary(out: str, made: Made, config: MixConfig) -> Iterator[str]:
+    """What was made, and what it lacks."""
     header, n = made.header, made.header.counts
     kept = "text only, no distributions"
     if header.logprobs:
         engine = header.teacher.logits_engine or "the endpoint"
         kept = f"{n['completion_tokens']} top-{header.logprobs.k} distributions from {engine}"
-    print(f"{args.out}: {n['records']} records ({n['train']} train, {n['val']} val; {n['rejected']} rejected) from "
-          f"{header.teacher.text_engine}; {kept}; {made.spent}")  # fmt: skip
-    for name, missing in made.short.items():
-        print(f"stratum {name} is {missing} short of its {header.quotas[name]}: its prompts are used up, or too many "
-              "answers were rejected")  # fmt: skip
-    return 1 if made.short else 0
+    yield (f"{out}: {n['records']} records ({n['train']} train, {n['val']} val; {n['rejected']} rejected) from "
+           f"{header.teacher.text_engine}; {kept}; {made.spent}")  # fmt: skip
+    yield f"report: {kd.sidecar(out) / 'report.html'}"
+    if not n["val"] and config.val_share:
+        yield (f"nothing is held out for validation: val_share {config.val_share:g} of {n['records']} records, by a "
+               "hash of each id, came to none; a larger --total or val_share gives some")  # fmt: skip
+    for name, shortfall in made.short.items():
+        yield f"stratum {name} is {shortfall.missing} short of its {header.quotas[name]}: {shortfall.why}"

@@ -4,7 +4,8 @@
     logprobs.safetensors   the teacher's distributions (absent from a text-only set)
     tokenizer.json         the student's tokenizer (absent from a text-only set that names none)
     rejects.jsonl          what the teacher answered and we did not take, each with its reason
-    report.json            counts and rates
+    report.json            counts, lengths, costs, what was dropped and why
+    report.html            the same for people, with some of the conversations
 
 A record is validated as it is read; errors name file, line and field. Nothing here varies between two runs on the
 same answers: times and attempts stay in the journal.
@@ -22,6 +23,7 @@ from typing import Any
 import msgspec
 
 from distill.artifacts import atomic_file, require_regular, sha256_file
+from distill.data.page import page
 from distill.data.schema import (
     Header,
     LogprobInfo,
@@ -37,13 +39,17 @@ from distill.data.schema import (
 from distill.data.store.distributions import Distribution
 from distill.data.store.store import TopK, Writer
 from distill.data.store.store import metadata as topk_metadata
+from distill.data.tally import Tally
 from distill.errors import DatasetError, InputError, describe_os_error
 from distill.tokenizer import Tokenizer
 
 __all__ = [
-    "Dataset", "Header", "LogprobInfo", "LogprobRef", "Record", "Teacher", "Usage", "completion_ids", "decode_record",
-    "make_header", "read_header", "read_lines", "sidecar", "split_of", "turn_text", "write_dataset",
+    "SIDECAR_FILES", "Dataset", "Header", "LogprobInfo", "LogprobRef", "Record", "Teacher", "Usage", "completion_ids",
+    "decode_record", "make_header", "read_header", "read_lines", "sidecar", "split_of", "turn_text", "write_dataset",
 ]  # fmt: skip
+SIDECAR_FILES = (
+    "header.json", "logprobs.safetensors", "tokenizer.json", "rejects.jsonl", "report.json", "report.html",
+)  # fmt: skip
 MAX_LINE = 64 << 20
 _JSON = msgspec.json.Encoder(decimal_format="number")
 
@@ -74,63 +80,79 @@ def write_dataset(
         raise DatasetError(f"{path}: distributions, their description in the header and a tokenizer go together")
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(atomic_file(path))  # entered first, so renamed last
-        parts = {"header.json": stack.enter_context(atomic_file(folder / "header.json"))}
-        rows = list_rejects = None
+        parts: dict[str, Path] = {}
+
+        def part(name: str) -> Path:
+            parts[name] = stack.enter_context(atomic_file(folder / name))
+            return parts[name]
+
+        header_part = stack.enter_context(atomic_file(folder / "header.json"))
+        tally, stored = Tally(), None
         if header.logprobs is not None and distributions is not None and tokenizer is not None:
-            parts["logprobs.safetensors"] = stack.enter_context(atomic_file(folder / "logprobs.safetensors"))
-            info = header.logprobs
-            writer = Writer(folder, info.k, vocab_size=tokenizer.vocab_size, codec=info.codec)
+            writer = Writer(folder, header.logprobs.k, vocab_size=tokenizer.vocab_size, codec=header.logprobs.codec)
             stack.callback(writer.close)
-            rows, list_rejects = writer, iter(distributions)
-        counts = _write_records(data, records, header, rows, list_rejects)
-        if rows is not None and tokenizer is not None:
-            lost = rows.finish(parts["logprobs.safetensors"], _store_metadata(header, tokenizer))
-            header = msgspec.structs.replace(header, logprobs=msgspec.structs.replace(info, kl_to_exact=lost))
-            counts["completion_tokens"] = rows.tokens
+            _write_records(data, _with_distributions(records, distributions, writer), header.run_id, tally)
+            header, stored = _finish_store(part("logprobs.safetensors"), writer, header, tokenizer)
+            tally.counts["completion_tokens"] = writer.tokens
+        else:
+            without = (msgspec.structs.replace(record, logprobs=None) for record in records)
+            _write_records(data, without, header.run_id, tally)
         if tokenizer is not None:
-            parts["tokenizer.json"] = stack.enter_context(atomic_file(folder / "tokenizer.json"))
-            parts["tokenizer.json"].write_text(tokenizer.to_json(), encoding="utf-8")
-        parts["rejects.jsonl"] = stack.enter_context(atomic_file(folder / "rejects.jsonl"))
+            part("tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         lines = [_JSON.encode(reject) + b"\n" for reject in rejects]
-        parts["rejects.jsonl"].write_bytes(b"".join(lines))
-        parts["report.json"] = stack.enter_context(atomic_file(folder / "report.json"))
-        counts["rejected"] = len(lines)
-        written = {"run_id": header.run_id, "counts": counts} | dict(report())
-        parts["report.json"].write_bytes(msgspec.json.format(_JSON.encode(written), indent=2) + b"\n")
-        files = {name: sha256_file(part) for name, part in parts.items() if name != "header.json"}
-        header = msgspec.structs.replace(finish(header), counts=counts, files={"records": sha256_file(data)} | files)
-        parts["header.json"].write_bytes(msgspec.json.format(_JSON.encode(header), indent=2) + b"\n")
+        part("rejects.jsonl").write_bytes(b"".join(lines))
+        tally.counts["rejected"] = len(lines)
+        header = msgspec.structs.replace(finish(header), counts=tally.counts, tools_sha256=tally.tools_sha256)
+        facts = {"run_id": header.run_id, **tally.facts(), "distributions": stored, **report()}
+        part("report.json").write_bytes(_pretty(facts))
+        part("report.html").write_text(page(header, facts, tally.samples), encoding="utf-8")
+        files = {"records": sha256_file(data)} | {name: sha256_file(file) for name, file in parts.items()}
+        header = msgspec.structs.replace(header, files=files)
+        header_part.write_bytes(_pretty(header))
     if header.logprobs is None:
         (folder / "logprobs.safetensors").unlink(missing_ok=True)
     return header
 
 
-def _write_records(
-    out: Path,
-    records: Iterable[Record],
-    header: Header,
-    writer: Writer | None,
-    distributions: Iterator[Distribution | None] | None,
-) -> dict[str, int]:
-    counts = {"records": 0, "train": 0, "val": 0}
+def _pretty(value: object) -> bytes:
+    return msgspec.json.format(_JSON.encode(value), indent=2) + b"\n"
+
+
+def _with_distributions(
+    records: Iterable[Record], distributions: Iterable[Distribution | None], writer: Writer
+) -> Iterator[Record]:
+    """The records, each with where its distributions were put; an endpoint's are made in step with them."""
+    found = iter(distributions)
+    for record in records:
+        item, ref = next(found), None
+        if item is not None:
+            try:
+                ref = LogprobRef(writer.add(item), len(item.token_ids), writer.k)
+            except InputError as error:
+                raise InputError(f"record {record.id}: {error}") from error
+        yield msgspec.structs.replace(record, logprobs=ref)
+
+
+def _write_records(out: Path, records: Iterable[Record], run_id: str, tally: Tally) -> None:
     seen: set[str] = set()
     with open(out, "wb") as file:
         for record in records:
             if record.id in seen:
                 raise DatasetError(f"record {record.id} is given twice")
             seen.add(record.id)
-            ref = None
-            item = next(distributions) if distributions is not None else None
-            if writer is not None and item is not None:
-                try:
-                    ref = LogprobRef(writer.add(item), len(item.token_ids), writer.k)
-                except InputError as error:
-                    raise InputError(f"record {record.id}: {error}") from error
-            record = msgspec.structs.replace(record, run_id=header.run_id, logprobs=ref)
+            record = msgspec.structs.replace(record, run_id=run_id)
             file.write(_JSON.encode(record) + b"\n")
-            counts["records"] += 1
-            counts[record.split] += 1
-    return counts
+            tally.add(record)
+
+
+def _finish_store(out: Path, writer: Writer, header: Header, tokenizer: Tokenizer) -> tuple[Header, dict[str, Any]]:
+    """Write the store; the header with its fidelity, and what the report says of it."""
+    assert header.logprobs is not None
+    info = msgspec.structs.replace(header.logprobs, kl_to_exact=writer.finish(out, _store_metadata(header, tokenizer)))
+    size = out.stat().st_size
+    stored = {"k": info.k, "codec": info.codec, "tail": info.tail, "tokens": writer.tokens, "bytes": size,
+              "bytes_per_token": round(size / max(writer.tokens, 1), 1), "kl_to_exact": info.kl_to_exact}  # fmt: skip
+    return msgspec.structs.replace(header, logprobs=info), stored
 
 
 def _store_metadata(header: Header, tokenizer: Tokenizer) -> dict[str, str]:

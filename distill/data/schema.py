@@ -6,7 +6,7 @@ Nothing here varies between two runs on the same answers: times, attempts and wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -218,6 +218,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     template_sha256: str
     prompts_sha256: str
     tools_sha256: str | None = None
+    """Of all tools that records offer; null where none is."""
     config: dict[str, Any]
     sampling: dict[str, Any]
     teacher: Teacher
@@ -285,6 +286,12 @@ def run_id_of(header: Header) -> str:
 def turn_text(message: chat.Message) -> str:
     """An assistant's turn as the student writes it, without its reasoning and the token that ends it."""
     return message.content + "".join(chat.call_text(call) for call in message.tool_calls)
+
+
+def tools_sha256(tools: Iterable[bytes]) -> str | None:
+    """Of tools, each as JSON, whatever their order and however often one is given; None of none."""
+    texts = sorted({canonical_json(msgspec.json.decode(tool)) for tool in tools})
+    return sha256_text("kd-tools/1\n" + "\n".join(texts)) if texts else None
 
 
 def completion_ids(record: Record, tokenizer: Tokenizer) -> list[int]:

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Coroutine, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from distill.artifacts import canonical_json, sha256_text
 from distill.data.budget import Budget, Prices, prompt_bound, usd
-from distill.data.journal import Answer, Journal, Settlement
+from distill.data.journal import Answer, Dead, Journal, Settlement
 from distill.data.schema import Usage
 from distill.data.teacher.admission import Admission
 from distill.data.teacher.outcomes import Outcome, judge
+from distill.data.teacher.spec import key_in_use
 from distill.data.teacher.transport import Exchange, Transport
-from distill.errors import InputError, Paused
+from distill.errors import GO_ON, InputError, Paused
 
 T = TypeVar("T")
 _LONGEST_BACKOFF = 60.0
 _REFUSED_AT_THE_START = 3  # requests, before any was ever answered
 _BYTES_PER_TOKEN = 3  # of a prompt, roughly: for limits a minute, which a server keeps by its own estimate
 _LONGEST_REFUSAL = 30 * 60.0  # seconds of nothing but 429 after which the run pauses
+_SURPLUS = "surplus"
 
 
 class Request(NamedTuple):
@@ -36,11 +39,12 @@ class Request(NamedTuple):
 
 
 class Unanswered(Exception):
-    """Every attempt at one request failed in a way that may pass; `exchange` is the last one."""
+    """Every attempt at one request failed in a way that may pass; `exchange` is the last one, and `alike` whether all
+    had its status."""
 
-    def __init__(self, detail: str, exchange: Exchange) -> None:
+    def __init__(self, detail: str, exchange: Exchange, *, alike: bool = False) -> None:
         super().__init__(detail)
-        self.exchange = exchange
+        self.exchange, self.alike = exchange, alike
 
 
 class Stopped(Exception):
@@ -64,6 +68,7 @@ class Sender:
         self.stream = stream
         self._proven = journal.has_answers
         self._refusals = 0
+        self._surplus = _kept_surplus(journal)
         self.unique_ids = False
         """Whether the server numbers its answers: then one that comes again is not taken for another's."""
         self._ids: set[str] = set()
@@ -93,7 +98,7 @@ class Sender:
             if self._refusals >= _REFUSED_AT_THE_START:
                 raise InputError(f"the teacher gives no usable answer: {outcome.detail}")
             raise Unanswered(outcome.detail, exchange)
-        return Answer(b"", outcome.detail)
+        return Answer(b"", Dead("http", outcome.detail))
 
     async def probe(self, body: Mapping[str, Any], stream: bool) -> Exchange:
         """One call of the probe: retried and entered in the ledger like any other."""
@@ -101,28 +106,32 @@ class Sender:
         try:
             exchange, _ = await self._until_final(Request(key, body), "probe", stream)
         except Unanswered as error:
-            if error.exchange.status in (500, 501) and (body.get("tools") or body.get("logprobs") or stream):
+            special = body.get("tools") or body.get("logprobs") or stream
+            if special and error.alike and error.exchange.status in (500, 501):
                 return error.exchange  # how some servers say that they cannot do this
-            raise Paused(f"the teacher does not answer ({error}); run the same command again to go on") from error
+            raise Paused(f"the teacher does not answer ({error}); {GO_ON}") from error
         return exchange
 
     async def _until_final(self, request: Request, purpose: str, stream: bool) -> tuple[Exchange, Outcome]:
         failures = 0
+        statuses: set[int] = set()
         while True:
             exchange, outcome = await self._attempt(request, purpose, stream)
             if outcome.kind in ("answer", "dead"):
                 return exchange, outcome
             if outcome.kind == "refused":
-                raise InputError(f"the teacher refuses: {outcome.detail}")
+                hint = f" ({key_in_use()})" if exchange.status in (401, 403) else ""
+                raise InputError(f"the teacher refuses: {outcome.detail}{hint}")
             if outcome.kind == "quota":
-                raise Paused(f"the teacher's quota is used up ({outcome.detail}); run the same command again to go on")
+                raise Paused(f"the teacher's quota is used up ({outcome.detail}); {GO_ON}")
             if outcome.kind == "cooldown":
                 self._cool(outcome)
                 continue
             failures += 1
+            statuses.add(exchange.status)
             self._watcher.failed(outcome.detail)
             if failures >= self._attempts:
-                raise Unanswered(outcome.detail, exchange)
+                raise Unanswered(outcome.detail, exchange, alike=len(statuses) == 1)
             backoff = random.uniform(0, min(_LONGEST_BACKOFF, 2.0 ** (failures - 1)))
             await self._sleep(backoff if outcome.wait is None else outcome.wait)
 
@@ -131,8 +140,9 @@ class Sender:
         self._watcher.waiting(outcome.detail)
         since = self._admission.throttled_since
         if since is not None and time.monotonic() - since > _LONGEST_REFUSAL:
-            raise Paused(f"the teacher has been refusing for {_LONGEST_REFUSAL / 60:.0f} minutes ({outcome.detail}); "
-                         "run the same command again to go on")  # fmt: skip
+            raise Paused(
+                f"the teacher has been refusing for {_LONGEST_REFUSAL / 60:.0f} minutes ({outcome.detail}); {GO_ON}"
+            )
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -161,6 +171,7 @@ class Sender:
                     elif outcome.kind == "answer":
                         permit.succeeded()
                     self._enter(request.key, purpose, number, end, exchange, outcome)
+                    surplus = self._learn(request.body, end)
                 except asyncio.CancelledError:
                     if end.detail == "cancelled":
                         self._journal.settle(number, end)
@@ -170,8 +181,8 @@ class Sender:
         finally:
             released = end.state == "released"
             reservation.settle(0 if released else _tokens(end), 0 if released else end.cost)
-        if outcome.kind == "answer":
-            self._require_within(end, tokens, cost)
+        if surplus and self._budget.limited:
+            raise Paused(f"{surplus}: from now on so much more is reserved for each; {GO_ON}")
         return exchange, outcome
 
     async def _turn(self, wait: Coroutine[Any, Any, T]) -> T:
@@ -207,7 +218,7 @@ class Sender:
         if purpose == "answer" and outcome.kind == "answer":
             self._journal.settle_with(number, end, key, Answer(exchange.body))
         elif purpose == "answer" and outcome.kind == "dead" and self._proven:
-            self._journal.settle_with(number, end, key, Answer(b"", outcome.detail))
+            self._journal.settle_with(number, end, key, Answer(b"", Dead("http", outcome.detail)))
         else:
             self._journal.settle(number, end)
 
@@ -224,17 +235,42 @@ class Sender:
 
     def _most(self, body: Mapping[str, Any]) -> tuple[int, int, int]:
         """Most tokens that a request can take, what they cost, and how many it is likely to take."""
-        prompt = prompt_bound(body.get("messages", body.get("prompt", "")), body.get("tools", ()))
-        completion = int(body.get("max_tokens") or body.get("max_completion_tokens") or 0)
-        cost = self._prices.cost(Usage(prompt, completion)) if self._prices else 0
-        return prompt + completion, cost, prompt // _BYTES_PER_TOKEN + completion
+        usage = _bound(body)
+        tokens, cost = usage.prompt + usage.completion, self._prices.cost(usage) if self._prices else 0
+        more_tokens, more_cost = self._surplus if self._budget.limited else (0, 0)
+        return tokens + more_tokens, cost + more_cost, usage.prompt // _BYTES_PER_TOKEN + usage.completion
 
-    def _require_within(self, end: Settlement, tokens: int, cost: int) -> None:
-        """A server that counts more than was reserved makes every promise about the budget void."""
-        if self._budget.limited and end.usage is not None and ((_tokens(end) or 0) > tokens or (end.cost or 0) > cost):
-            counted, most = f"{_tokens(end):,} tokens ({usd(end.cost or 0)} USD)", f"{tokens:,} ({usd(cost)} USD)"
-            raise Paused(f"the teacher counted {counted} for a request that may take {most}: the budget cannot be kept "
-                         "with it, so the run stops")  # fmt: skip
+    def _learn(self, body: Mapping[str, Any], end: Settlement) -> str:
+        """Keep by how much a server counts more than a request can take, rounded up to a power of two: so much is
+        reserved on top from then on, in later starts too. Returns words about it if that is more than was known. In
+        the settlement's transaction."""
+        if end.usage is None:
+            return ""
+        bound, counted, paid = _bound(body), _tokens(end) or 0, end.cost or 0
+        most, cost = bound.prompt + bound.completion, self._prices.cost(bound) if self._prices else 0
+        more_tokens, more_cost = max(counted - most, 0), max(paid - cost, 0)
+        if more_tokens <= self._surplus[0] and more_cost <= self._surplus[1]:
+            return ""
+        old_tokens, old_cost = self._surplus
+        self._surplus = max(old_tokens, 1 << more_tokens.bit_length()), max(old_cost, 1 << more_cost.bit_length())
+        self._journal.keep(_SURPLUS, "{} {}".format(*self._surplus))
+        return (f"the teacher counted {counted:,} tokens ({usd(paid)} USD) for a request that may take {most:,} "
+                f"({usd(cost)} USD)")  # fmt: skip
+
+
+def _bound(body: Mapping[str, Any]) -> Usage:
+    """Most tokens that a request can take."""
+    prompt = prompt_bound(body.get("messages", body.get("prompt", "")), body.get("tools", ()))
+    return Usage(prompt, int(body.get("max_tokens") or body.get("max_completion_tokens") or 0))
+
+
+def _kept_surplus(journal: Journal) -> tuple[int, int]:
+    """Tokens, and 1e-12 of the currency, that the teacher is known to count beyond the bound of a request."""
+    kept = journal.meta(_SURPLUS) or "0 0"
+    if not re.fullmatch(r"\d{1,18} \d{1,18}", kept):
+        raise InputError(f"{journal.path}: damaged: {_SURPLUS} is {kept[:40]!r}")
+    tokens, cost = map(int, kept.split())
+    return tokens, cost
 
 
 def _tokens(end: Settlement) -> int | None:

@@ -16,45 +16,55 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from distill.artifacts import require_regular, sha256_file, write_json
 from distill.data import records as kd
 from distill.data.rules import files as rules_files
+from distill.data.rules.answers import heard_problems, journal_problems
 from distill.data.rules.block import BLOCK, MAX_FINDINGS, Checker, Done, Options, stream, withheld
+from distill.data.rules.header import header_problems, total_problems
+from distill.data.rules.order import Unknown, order_problems
 from distill.data.rules.record import RULES
+from distill.data.rules.secrets import secret_in
+from distill.data.rules.view import strings
 from distill.data.rules.whole import Whole
 from distill.errors import DatasetError, InputError, stage_main
 from distill.gates import Gate, exit_code, holds, skipped, summary, table, to_json
 
 TABLE: dict[str, str] = {
     "files": "every file listed is there, under its sha256",
-    "header": "the header is complete; fingerprints and counts made again are equal",
+    "header": "the header is complete; what is made again is equal, in report.json too",
     "schema": "every line is a record",
     "run_id": "records are of the header's run",
-    "ids": "ids are unique",
+    "ids": "ids are unique, none is also a reject's, and each is the hash of what was asked",
     "split": "the split is what the id gives",
-    "roles": "turns follow legally; tool results answer the open calls in order",
+    "roles": "turns follow legally, none is empty; tool results answer the open calls in order",
     "calls": "calls are values, none is written in a text; there are some where expected",
     "offered": "called tools are offered, arguments fit their JSON schema",
     "spans": "targets are the rendered text's, in characters, bytes and tokens",
     "loss": "only the teacher's words are learned",
-    "distributions": "the store is sound; rows fit their tokens; none is used twice",
+    "distributions": "the store is sound; rows fit their tokens; each is used once, in order",
     "bytes": "no lost bytes; carriage returns are flagged",
-    "secrets": "no keys, tokens or passwords",
+    "secrets": "no keys, tokens or passwords, in the files beside it either",
     "personal_data": "personal data, by the policy of --pii",
     "duplicates": "no conversation twice",
     "near_duplicates": "no prompt, or one 0.8 alike (MinHash), in both splits",
     "contamination": "no 13 words (8 of short texts) of an evaluation set",
-    "quotas": "each stratum has its quota",
+    "quotas": "each stratum has its quota, and there is no other",
     "provenance": "hashes of requests, answers and tool results; those made again are equal",
-    "costs": "costs sum to the header's, which the ledger has paid",
+    "journal": "each record is what the journal's answers make of its prompt",
+    "order": "records and rejects stand in the order of the mix's prompts; none is missing",
+    "costs": "costs sum to the header's, which the ledger has paid, answer by answer",
     "finish": "turns end for an allowed reason",
-    "rejects": "every reject has an id and a known reason",
+    "rejects": "every reject has an id of its own and a known reason",
     "outliers": "unusual lengths and scripts, reported only",
     "render": "rendering again gives the stated text",
     "licence": "reasoning is learned only where that is allowed",
     "leak": "no markup of another template in the teacher's words",
 }
 """Every rule, in the order of the report."""
+HEADER = "header.json"
 _ALWAYS_REPORTED = {"outliers"}
 
 
@@ -90,14 +100,24 @@ def validate(path: str | Path, options: Options | None = None) -> Report:
     line = 0
     for done in stream(path, header, options, checker, digest):
         notes.take(done, path.name, line)
-        if done.malformed:
-            raise DatasetError(f"{path}:{line + done.malformed[0]}: {withheld(done.malformed[1])}")
         done.tally.shift(line)
         for clash in whole.add(done.tally):
             notes.add(clash.rule, f"{path.name}:{clash.line}", clash.what)
         line += done.lines
     _finish(path, header, checker, whole, notes, digest.hexdigest())
+    notes.unknown |= _without_journal(path, header)
     return Report(_gates(header, options, notes), notes.found, whole.counts)
+
+
+def _without_journal(path: Path, header: kd.Header) -> dict[str, str]:
+    """Rules that need the journal, and why there is none."""
+    if header.teacher.kind == "toy":
+        absent = "a toy set: nothing was asked"
+    elif not (kd.sidecar(path) / rules_files.LEDGER).exists():
+        absent = f"{rules_files.LEDGER} is not beside the dataset"
+    else:
+        return {}
+    return {"journal": absent} | ({} if header.cost_usd is None else {"costs": absent})
 
 
 def _named_sets(header: kd.Header, given: tuple[Path, ...]) -> Iterator[Path]:
@@ -116,10 +136,14 @@ class _Notes:
         self.found: list[Finding] = []
         self.broken: Counter[str] = Counter()
         self.first: dict[str, Finding] = {}
+        self.unknown: dict[str, str] = {}
+        """Rules that could not be checked, and why."""
 
     def add(self, rule: str, place: str, what: str, *, count: int = 1) -> None:
-        finding = Finding(rule, place, withheld(what))
         self.broken[rule] += count
+        if len(self.found) >= MAX_FINDINGS and rule in self.first:
+            return
+        finding = Finding(rule, place, withheld(what))
         self.first.setdefault(rule, finding)
         if len(self.found) < MAX_FINDINGS:
             self.found.append(finding)
@@ -135,25 +159,12 @@ def _finish(path: Path, header: kd.Header, checker: Checker, whole: Whole, notes
     """The rules that need the whole file."""
     for clash in (*whole.finish(), *whole.outliers()):
         notes.add(clash.rule, f"{path.name}:{clash.line}", clash.what)
-    rejects = rules_files.read_rejects(kd.sidecar(path) / rules_files.REJECTED)
-    for line, what in rejects.problems:
-        notes.add("rejects", f"{rules_files.REJECTED}:{line}", what)
-    unread = notes.broken["schema"]  # a record that cannot be read cannot be counted
-    problems: dict[str, Iterator[str]] = {
-        "files": rules_files.file_problems(path, header, digest),
-        "header": rules_files.header_problems(header, checker.context.tokenizer),
-    }
-    if not unread:
-        problems["quotas"] = whole.quota_problems()
-        problems["costs"] = rules_files.cost_problems(path, header, whole.cost, rejects.cost)
-    if checker.store is not None and len(checker.store) and not unread and not whole.rows_used:
-        notes.add("distributions", rules_files.STORE, "no record names any of its rows")
-    for rule, found in problems.items():
-        for what in found:
-            notes.add(rule, "header.json", what)
-    if not unread:
-        for what in rules_files.total_problems(header, whole, rejects.lines):
-            notes.add("header", "header.json", what)
+    _header_problems(path, header, checker, notes)
+    for what in rules_files.file_problems(path, header, digest):
+        notes.add("files", HEADER, what)
+    rejects = rules_files.read_rejects(kd.sidecar(path) / rules_files.REJECTED, header.quotas)
+    for rule, line, what in rejects.problems:
+        notes.add(rule, f"{rules_files.REJECTED}:{line}", what)
     if checker.store is not None:
         for what in rules_files.store_problems(checker.store, header):
             notes.add("distributions", rules_files.STORE, what)
@@ -161,10 +172,62 @@ def _finish(path: Path, header: kd.Header, checker: Checker, whole: Whole, notes
         for name, sha256 in checker.context.evaluation.sha256s.items():
             if header.decontamination.get(name, sha256) != sha256:
                 notes.add("contamination", name, "is not the evaluation set that the header names: other bytes")
+    if not notes.broken["schema"]:  # a record that cannot be read cannot be counted
+        _totals(path, header, checker, whole, rejects, notes)
+    _order(header, checker, whole, rejects, notes, path.name)
+
+
+def _header_problems(path: Path, header: kd.Header, checker: Checker, notes: _Notes) -> None:
+    """What header.json says by itself."""
+    for what in header_problems(header, checker.context.tokenizer):
+        notes.add("header", HEADER, what)
+    raw = (kd.sidecar(path) / HEADER).read_bytes().decode(errors="replace")
+    if kind := secret_in(raw) or secret_in("\n".join(strings(msgspec.to_builtins(header)))):
+        notes.add("secrets", HEADER, f"holds what looks like a secret ({kind})")
+    if checker.answers is not None:
+        for what in journal_problems(header, checker.answers):
+            notes.add("journal", HEADER, what)
+
+
+def _totals(
+    path: Path, header: kd.Header, checker: Checker, whole: Whole, rejects: rules_files.Rejects, notes: _Notes
+) -> None:
+    """What the files beside the records say of them all."""
+    deep = checker.deep
+    for clash in whole.among({reject.id for reject in rejects.rows}):
+        notes.add(clash.rule, f"{path.name}:{clash.line}", clash.what)
+    for what in whole.quota_problems():
+        notes.add("quotas", HEADER, what)
+    for what in rules_files.cost_problems(path, header, whole.cost, rejects.cost):
+        notes.add("costs", HEADER, what)
+    for what in total_problems(header, whole, rejects.lines, deep=deep):
+        notes.add("header", HEADER, what)
+    for rule, what in rules_files.report_problems(kd.sidecar(path) / rules_files.REPORT, header, whole, rejects):
+        notes.add(rule, rules_files.REPORT, what)
+    for what in whole.unused(len(checker.store)) if checker.store is not None else ():
+        notes.add("distributions", rules_files.STORE, what)
+    if checker.answers is not None and not notes.broken["journal"] and not notes.broken["ids"]:
+        for what in heard_problems(header, whole):
+            notes.add("journal", HEADER, what)
+
+
+def _order(
+    header: kd.Header, checker: Checker, whole: Whole, rejects: rules_files.Rejects, notes: _Notes, name: str
+) -> None:
+    """The order of the prompts, where they can be made again."""
+    if not checker.deep:
+        return
+    try:
+        for found in order_problems(header, whole, rejects.rows, checker.answers):
+            notes.add("order", f"{name}:{found.line}" if found.line else HEADER, found.what)
+    except Unknown as error:
+        notes.unknown["order"] = str(error)
+    except InputError as error:
+        notes.add("journal", rules_files.LEDGER, str(error))
 
 
 def _gates(header: kd.Header, options: Options, notes: _Notes) -> dict[str, Gate]:
-    skips = _skips(header, options)
+    skips = _skips(header, options) | notes.unknown
     gates: dict[str, Gate] = {}
     for rule in TABLE:
         n, first = notes.broken[rule], notes.first.get(rule)
@@ -196,7 +259,8 @@ def _skips(header: kd.Header, options: Options) -> dict[str, str]:
     if options.pii == "allow":
         skips["personal_data"] = "--pii allow"
     if options.rules == "structural":
-        skips |= {name: "--rules structural" for name, rule in RULES.items() if not rule.structural}
+        unseen = [name for name, rule in RULES.items() if not rule.structural]
+        skips |= dict.fromkeys([*unseen, "order"], "--rules structural")
     return skips
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from distill.data.budget import UNIT
+from distill.data.budget import usd as usd_of
 from tests.integration.kd_runs import CONFIG, DONE, PAUSED, Runs
 from tests.unit import faults
 from tests.unit.fault_teacher import Chaos, FaultTeacher, Ledger
@@ -58,7 +60,11 @@ def test_a_budget_pauses_the_run_and_a_higher_one_goes_on(reference: Reference, 
         flags = ("--budget-tokens", str(tokens)) if kind == "tokens" else ("--budget-usd", str(usd))
         end = runs.run(*flags)
         assert end.code == PAUSED and len(end.lines) == 1 and "budget" in end.lines[0], end
-        kept(runs.ledger(), ledger, *((tokens, None) if kind == "tokens" else (None, usd)))
+        books = runs.ledger()
+        kept(books, ledger, *((tokens, None) if kind == "tokens" else (None, usd)))
+        counted = books["counted"]
+        spent = f"{counted['tokens']:,}" if kind == "tokens" else usd_of(int(Decimal(counted["cost_usd"]) / UNIT))
+        assert f"{spent} of" in end.lines[0], "the pause says what the ledger says"
         assert ledger.tokens >= reference.tokens * share * 0.4, "it spends what it may"
     assert runs.run().code == DONE
     assert runs.files() == reference.files
@@ -114,6 +120,23 @@ def test_a_server_that_counts_more_than_it_may_stops_the_run_at_once(reference: 
     end = runs.run("--budget-tokens", str(reference.tokens * 50))
     assert end.code == PAUSED and len(end.lines) == 1, end
     assert "10,000,000" in end.lines[0] and ledger.given["overcharge"] <= 7
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_server_that_counts_more_than_it_may_is_known_to_the_next_start(
+    reference: Reference, tmp_path: Path, seed: int
+) -> None:
+    ledger = reference.teacher.begin(chaos=Chaos(seed, 0.5, ("surcharge",)), delay=0.02)
+    runs = Runs(tmp_path, reference.teacher)
+    tokens = 100_000
+    first = runs.run("--budget-tokens", str(tokens))
+    assert first.code == PAUSED and "so much more is reserved" in first.lines[0], first
+    for _ in range(10):
+        end = runs.run("--budget-tokens", str(tokens))
+        kept(runs.ledger(), ledger, tokens)
+        if end.code == PAUSED and "budget is used up" in end.lines[0]:
+            break
+    assert "budget is used up" in end.lines[0] and ledger.tokens > tokens * 0.6
 
 
 def test_without_usage_the_reservation_counts(reference: Reference, tmp_path: Path) -> None:

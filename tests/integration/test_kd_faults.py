@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,24 @@ def test_any_mixture_of_faults_leaves_no_trace_in_the_bytes(reference: Reference
     assert runs.files() == reference.files
     assert sum(ledger.given.values()) > 15
     assert ledger.tokens <= runs.ledger()["counted"]["tokens"]
+
+
+def test_trouble_while_a_run_starts_leaves_no_trace_in_the_bytes(reference: Reference, tmp_path: Path) -> None:
+    """Neither in what the probe found nor in what the server is called."""
+    teacher = reference.teacher
+    lookups: list[list[faults.Item]] = [[], [503], ["reset"], [None, 500, 429], [None, None, "reset", 502]]
+    kinds = (None, "bad-json", "no-usage", "reset-worked", "500")
+    outcomes = []
+    for number, (kind, trouble) in enumerate(zip(kinds, lookups)):
+        ledger = teacher.begin(faults=[None] * (number % 2) + [kind])
+        teacher.lookups = list(trouble)
+        runs = Runs(tmp_path / str(number), teacher, total=6)
+        runs.until_done()
+        outcomes.append({name.rpartition("/")[2]: digest for name, digest in runs.files().items()})
+        assert outcomes[number] == outcomes[0], (kind, trouble)
+        assert ledger.given.total() == (kind is not None) and not teacher.lookups
+    header = json.loads(Path(f"{runs.out}.d/header.json").read_bytes())
+    assert header["teacher"]["server"] == "vLLM 1.2.3" and header["capabilities"]["usage"]
 
 
 def test_a_server_that_restarts_is_waited_for(reference: Reference, tmp_path: Path) -> None:
@@ -164,3 +183,31 @@ def test_a_prompt_that_is_never_answered_is_given_up_alike_at_any_concurrency(tm
             outcomes.append({name.rpartition("/")[2]: digest for name, digest in runs.files().items()})
             assert b"unanswered" in Path(f"{runs.out}.d/rejects.jsonl").read_bytes()
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_prompt_whose_answers_can_never_be_read_costs_a_few_and_is_rejected_by_type(tmp_path: Path) -> None:
+    outcomes = []
+    with FaultTeacher(refuse_every=29, refusal="bad-json") as teacher:
+        for concurrency in (1, 7):
+            ledger = teacher.begin()
+            runs = Runs(tmp_path / str(concurrency), teacher)
+            runs.until_done(concurrency=concurrency, attempts=2)
+            outcomes.append({name.rpartition("/")[2]: digest for name, digest in runs.files().items()})
+            assert b'"malformed"' in Path(f"{runs.out}.d/rejects.jsonl").read_bytes()
+            asked = Counter(served.key for served in ledger.served)
+            assert max(asked.values()) <= 12
+            assert valid(runs.out)
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_teacher_of_which_nothing_can_be_read_any_more_is_not_paid_for_long(
+    reference: Reference, tmp_path: Path
+) -> None:
+    ledger = reference.teacher.begin(faults=[None] * 20 + ["bad-json"] * 500)
+    runs = Runs(tmp_path, reference.teacher)
+    end = runs.run(attempts=2)
+    assert end.code == 75 and "stopped answering" in end.lines[0], end
+    assert ledger.given["bad-json"] <= 30
+    reference.teacher.faults = []
+    runs.until_done()
+    assert runs.files() == reference.files

@@ -54,6 +54,30 @@ def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(reference: Refere
                                                                     "state = 'uncertain'")  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [50_000, 60_000])
+def test_a_full_disk_while_the_dataset_is_built_is_one_line_and_nothing_is_asked_again(
+    reference: Reference, tmp_path: Path, size: int
+) -> None:
+    ledger = reference.teacher.begin()
+    runs = reference.finished(tmp_path)
+    end = runs.run(largest_file=size)
+    assert end.code == BAD and len(end.lines) == 1 and "kd.jsonl" in end.lines[0], end
+    assert runs.files() == reference.files, "what was there stays, nothing half-written is left"
+    runs.out.unlink()
+    assert runs.run(largest_file=size).code == BAD and not runs.out.exists()
+    assert runs.run().code == DONE
+    assert runs.files() == reference.files and not ledger.arrivals
+
+
+def test_another_model_is_refused_before_anything_is_paid(reference: Reference, tmp_path: Path) -> None:
+    ledger = reference.teacher.begin()
+    runs = reference.finished(tmp_path)
+    end = runs.run("--model", "other")
+    assert end.code == BAD and "teacher.model was stub-1, is other" in end.lines[0] and "--fork" in end.err, end
+    assert "the endpoint does not list --model other; it lists stub-1" in end.err
+    assert not ledger.arrivals and runs.files() == reference.files
+
+
 def test_another_configuration_is_refused_by_name_unless_forked(reference: Reference, tmp_path: Path) -> None:
     ledger = reference.teacher.begin()
     runs = reference.finished(tmp_path)

@@ -117,6 +117,32 @@ def test_killed_while_the_dataset_is_written_it_appears_whole_or_not_at_all(
     assert runs.files() == reference.files, "temporary files of killed runs are gone, too"
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, PAUSED), (signal.SIGTERM, TERMINATED)], ids=["ctrl-c", "term"]
+)
+def test_stopped_while_the_dataset_is_written_it_leaves_nothing_half_written(
+    reference: Reference, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    ledger = reference.teacher.begin()
+    runs = Runs(tmp_path, reference.teacher)
+    assert runs.run().code == DONE
+    whole, asked = runs.files(), len(ledger.arrivals)
+    draw, codes = random.Random(SEED), set()
+    for _ in range(4):
+        run = runs.start()
+        assert run.stderr is not None
+        while "writing the dataset" not in run.stderr.readline():
+            assert run.poll() is None
+        time.sleep(draw.uniform(0, 0.02))
+        run.send_signal(number)
+        codes.add(ended(run).code)
+        assert runs.files() == whole == reference.files
+    late = {DONE, -number, 130} if number == signal.SIGINT else {DONE, -number}  # after it, the interpreter's own way
+    assert code in codes <= {code} | late
+    assert runs.run().code == DONE and runs.files() == whole
+    assert len(ledger.arrivals) == asked
+
+
 def test_ctrl_c_finishes_what_is_in_flight_and_sends_nothing_more(reference: Reference, tmp_path: Path) -> None:
     ledger = reference.teacher.begin(delay=0.4)
     runs = Runs(tmp_path, reference.teacher)

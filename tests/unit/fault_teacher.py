@@ -118,6 +118,8 @@ class FaultTeacher:
         self.headers: list[dict[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
         self.not_before = self.not_before_from = 0.0
+        self.lookups: list[wrong.Item] = []
+        """Faults of the next GETs: a status, or `reset`."""
         with socket.create_server(("127.0.0.1", port)) as probe:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -201,8 +203,12 @@ class FaultTeacher:
         body = await reader.readexactly(int(low.get("content-length", 0)))
         if method == "GET":
             known = {f"{self.prefix}/models": {"object": "list", "data": [{"id": name} for name in self.models]},
-                     "/ledger": self.ledger.as_dict()}  # fmt: skip
-            status = 200 if path in known else 404
+                     "/ledger": self.ledger.as_dict(), "/version": {"version": "1.2.3"}}  # fmt: skip
+            item = self.lookups.pop(0) if self.lookups else None
+            if item == "reset":
+                reset(writer)
+                return False
+            status = item if isinstance(item, int) else 200 if path in known else 404
             writer.write(wrong.response(status, known.get(path, {"error": {"message": "no such path"}})))
             await writer.drain()
             return True
@@ -274,6 +280,12 @@ class Exchange:
         if self.body.get("stream"):
             return wrong.event_stream(value, bool((self.body.get("stream_options") or {}).get("include_usage")))
         return wrong.response(200, value)
+
+    def charge(self, more: int) -> None:
+        """Count so many more tokens for it."""
+        self.usage["completion_tokens"] += more
+        served = self.ledger.served
+        served[self._row] = served[self._row]._replace(completion=self.usage["completion_tokens"])
 
     async def send(self, data: bytes, *, whole: bool = True) -> None:
         """Write it; `whole` says that the client now has all it needs."""

@@ -305,6 +305,14 @@ async def overcharge(x: Exchange) -> bool:
     return True
 
 
+async def surcharge(x: Exchange) -> bool:
+    """5,000 tokens more than the answer has, which are charged for."""
+    await x.generate()
+    x.charge(5000)
+    await x.send(x.answer())
+    return True
+
+
 _QUOTA = {"error": {"message": "You exceeded your current quota, please check your plan and billing details.",
                     "type": "insufficient_quota", "param": None, "code": "insufficient_quota"}}  # fmt: skip
 _HTML = b"<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
@@ -359,6 +367,7 @@ FAULTS: dict[str, Fault] = {
     "two-choices": two_choices,
     "no-usage": no_usage,
     "overcharge": overcharge,
+    "surcharge": surcharge,
 }
 STORMS = tuple(name for name in FAULTS if name.startswith("429"))
 STATUSES = ("408", "409", "425", "500", "502", "503", "504", "529", "500-soon", "502-soon", "503-soon", "529-soon")

@@ -18,14 +18,16 @@ from distill import artifacts
 from distill.broker import Broker, Tool
 from distill.data import records as kd
 from distill.data.episodes import reply_sha256
-from distill.data.schema import Call, Licence, Provenance, Turn, Usage
+from distill.data.schema import Call, Licence, Provenance, Turn, Usage, tools_sha256
 from distill.data.store.distributions import Distribution
+from distill.data.store.store import EXACT, TopK, Writer
 from distill.data.targets import lay_out
 from distill.data.teacher.wire import Reply
 from distill.draw import Draw
 from distill.tokenizer import Tokenizer, toy_tokenizer
 
 K = 6
+_ENCODER = msgspec.json.Encoder(decimal_format="number")
 SYLLABLES = re.findall("[a-z]+", "ba ce di fo gu ha ki lo mu na pe ri so tu va we xi yo za bre cla dro fle gri")
 PLACES = ("Oslo", "Kyoto", "Lima", "São Paulo", "東京", "Nairobi")
 
@@ -112,7 +114,12 @@ def episode(index: int, *, size: int = 20, tokenizer: Tokenizer | None = None, v
 
 def distribution(record: kd.Record, tokenizer: Tokenizer) -> Distribution:
     """Invented distributions that favour the record's own tokens."""
-    ids = np.array(kd.completion_ids(record, tokenizer), np.int32)
+    return invented(kd.completion_ids(record, tokenizer), tokenizer)
+
+
+def invented(completion: list[int], tokenizer: Tokenizer) -> Distribution:
+    """Distributions that favour the given tokens."""
+    ids = np.array(completion, np.int32)
     kept = (ids[:, None] + np.arange(K, dtype=np.int32) * 7) % tokenizer.vocab_size
     shares = np.array([0.5, 0.2, 0.1, 0.05, 0.04, 0.01])
     logprobs = np.tile(np.log(shares).astype(np.float32), (len(ids), 1))
@@ -154,44 +161,89 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = kd.sidecar(path) / "header.json"
     value = json.loads(file.read_text(), parse_float=Decimal)
     change(value)
-    file.write_bytes(msgspec.json.Encoder(decimal_format="number").encode(value))
+    file.write_bytes(_ENCODER.encode(value))
 
 
 def reseal(path: Path) -> None:
     """Make what the header says of the files true again: hashes, counts, quotas. Costs stay."""
 
+    folder = kd.sidecar(path)
+
     def change(header: dict[str, Any]) -> None:
-        for name in header["files"]:
-            header["files"][name] = artifacts.sha256_file(path if name == "records" else kd.sidecar(path) / name)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         splits = [line.get("split", "train") for line in lines]
         header["counts"] |= {"records": len(lines), "train": splits.count("train"), "val": splits.count("val")}
-        header["counts"]["rejected"] = len((kd.sidecar(path) / "rejects.jsonl").read_text().splitlines())
+        header["counts"]["rejected"] = len((folder / "rejects.jsonl").read_text().splitlines())
         header["prompts_sha256"] = artifacts.sha256_text("\n".join(line["id"] for line in lines))
-        if header["quotas"]:
-            header["quotas"] = dict(Counter(line.get("stratum", "") for line in lines))
+        offered = [tool for line in lines for tool in line.get("tools", [])]
+        header["tools_sha256"] = tools_sha256(map(msgspec.json.encode, offered))
+        strata = dict(Counter(line.get("stratum", "") for line in lines))
+        if header["quotas"] and header["teacher"]["kind"] == "toy":
+            header["quotas"] = strata
+        _report(folder / "report.json", {
+            "counts": header["counts"], "strata": {name: {"records": n} for name, n in strata.items()},
+            "unaligned_logprobs": sum("logprobs" not in line for line in lines) if header["logprobs"] else 0,
+        })  # fmt: skip
 
     edit_header(path, change)
+    reseal_files(path)
+
+
+def reseal_files(path: Path) -> None:
+    """Make the hashes of the files that the header lists true again."""
+
+    def change(header: dict[str, Any]) -> None:
+        for name in header["files"]:
+            file = path if name == "records" else kd.sidecar(path) / name
+            header["files"][name] = artifacts.sha256_file(file) if file.is_file() else header["files"][name]
+
+    edit_header(path, change)
+
+
+def _report(file: Path, facts: Mapping[str, Any]) -> None:
+    """Make true what a report says of these."""
+    report = json.loads(file.read_text(), parse_float=Decimal)
+    report |= {name: value for name, value in facts.items() if name in report}
+    file.write_bytes(_ENCODER.encode(report))
+
+
+def restore(path: Path, records: list[dict[str, Any]]) -> None:
+    """Give records that are marked, by `"logprobs": None`, distributions of their own in a new store."""
+    file = kd.sidecar(path) / "logprobs.safetensors"
+    if not file.is_file() or not any("logprobs" in record and record["logprobs"] is None for record in records):
+        return
+    old, tokenizer = TopK(file), toy_tokenizer()
+    writer = Writer(path.parent, old.k, vocab_size=old.vocab_size, codec=EXACT)
+    for record in records:
+        if record.get("logprobs"):
+            item = old[record["logprobs"]["row"]]
+        else:
+            layout = lay_out(msgspec.convert(record["messages"], list[Turn]), record.get("tools", []), tokenizer)
+            item = invented(layout.completion or [], tokenizer)
+        record["logprobs"] = {"row": writer.add(item), "n": len(item.token_ids), "k": old.k}
+    writer.finish(file, {name: value for name, value in old.metadata.items() if not name.endswith("_crc32")})
+    writer.close()
+    edit_header(path, lambda header: header["counts"].update(completion_tokens=writer.tokens))
 
 
 def edit_lines(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
     """Change records as plain JSON and reseal."""
     values = [json.loads(line, parse_float=Decimal) for line in path.read_text().splitlines()]
     change(values)
-    encoder = msgspec.json.Encoder(decimal_format="number")
-    path.write_bytes(b"".join(encoder.encode(value) + b"\n" for value in values))
+    restore(path, values)
+    path.write_bytes(b"".join(_ENCODER.encode(value) + b"\n" for value in values))
     reseal(path)
 
 
 def retell(value: dict[str, Any]) -> None:
-    """Make a changed conversation's derived fields true again; its distributions, which are of other tokens, go."""
+    """Make a changed conversation's derived fields true again; `restore` makes its distributions anew."""
     turns = msgspec.convert(value["messages"], list[Turn])
-    layout = lay_out(turns, value["tools"], toy_tokenizer())
+    layout = lay_out(turns, value.get("tools", []), toy_tokenizer())
     value["teacher_text"] = kd.turn_text(turns[-1])
     value["prompt"] = [turn.content for turn in turns if turn.role == "user"][-1]
     value["render"], value["targets"] = msgspec.to_builtins(layout.rendered), msgspec.to_builtins(layout.targets)
     value["provenance"]["response_sha256"][-1] = _said(turns[-1], value["reasoning"])
-    value.pop("logprobs", None)
+    value["logprobs"] = None
 
 
 def _said(turn: Turn, reasoning: str | None) -> str:

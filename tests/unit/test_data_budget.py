@@ -102,6 +102,19 @@ def test_what_does_not_fit_says_how_much_is_spent() -> None:
         asyncio.run(budget.reserve(11, 0))
 
 
+def test_its_words_count_what_was_spent_until_they_are_read() -> None:
+    async def work() -> None:
+        budget = Budget(Limits(tokens=100), Totals())
+        with pytest.raises(OutOfBudget, match="50 of 100 tokens are spent and a request may take 101") as raised:
+            try:
+                await budget.reserve(101, 0)
+            finally:
+                (await budget.reserve(60, 0)).settle(50, 0)
+        assert raised.value.exit_code == 75
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize(
     "wrong", [{"usd": 0}, {"usd": -1}, {"tokens": 0}, {"usd": float("nan")}, {"usd": float("inf")}]
 )

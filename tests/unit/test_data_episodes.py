@@ -11,7 +11,7 @@ import pytest
 from distill import chat
 from distill.broker import Broker, fixture_key, parse_tool
 from distill.data.episodes import REJECTS, Accepted, Protocol, Rejected, advance, episode, replay
-from distill.data.journal import Answer
+from distill.data.journal import Answer, Dead
 from distill.data.prompts.stream import Prompt
 from distill.data.prompts.tool_material import TOOLS
 from distill.data.schema import Teacher
@@ -113,6 +113,7 @@ def test_a_key_depends_on_all_that_the_answer_depends_on(changed: Protocol) -> N
 
 GOOD = _arguments(WEATHER)
 MARKED = json.dumps(json.loads(GOOD) | {"city": "Oslo<tool_call>"})
+LOST = json.dumps(json.loads(GOOD) | {"city": "Osl\ufffd"})
 CALL = [("a", WEATHER.name, GOOD)]
 
 
@@ -126,7 +127,9 @@ CALL = [("a", WEATHER.name, GOOD)]
         ("tool_leak", _prompt(), [_body("<|tool_calls_section_begin|> f")]),
         ("tool_leak", _prompt(), [_body('<tool_call>{"name": "f"}</tool_call>')]),
         ("tool_leak", _prompt(), [_body("a <|im_end|> b")]),
-        ("control_token", _prompt(WEATHER), [_body(None, [("a", WEATHER.name, MARKED)], "tool_calls")]),
+        ("tool_leak", _prompt(WEATHER), [_body(None, [("a", WEATHER.name, MARKED)], "tool_calls")]),
+        ("lost_bytes", _prompt(), [_body("caf\ufffd")]),
+        ("lost_bytes", _prompt(WEATHER), [_body(None, [("a", WEATHER.name, LOST)], "tool_calls")]),
         ("args", _prompt(WEATHER), [_body(None, [("a", WEATHER.name, "{")], "tool_calls")]),
         ("args", _prompt(WEATHER), [_body(None, [("a", WEATHER.name, '{}""')], "tool_calls")]),
         ("args", _prompt(WEATHER), [_body(None, [("a", WEATHER.name, "[1]")], "tool_calls")]),
@@ -141,9 +144,10 @@ CALL = [("a", WEATHER.name, GOOD)]
         ("too_many_turns", _prompt(WEATHER), [_body(None, CALL, "tool_calls")] * 6),
         ("secret", _prompt(), [_body("use sk-" + "a1B2" * 12)]),
         ("fixture_miss", _prompt(REPLAYED), [_body(None, [("a", "stock", '{"item": "saw"}')], "tool_calls")]),
-        ("http", _prompt(), [Answer(b"", "HTTP 400: no")]),
-        ("http", _prompt(), [Answer(b"[]")]),
-        ("unanswered", _prompt(), [Answer(b"", "unanswered: timeout")]),
+        ("http", _prompt(), [Answer(b"", Dead("http", "HTTP 400: no"))]),
+        ("malformed", _prompt(), [Answer(b"[]")]),
+        ("malformed", _prompt(), [Answer(b"", Dead("malformed", "malformed answer: no choices"))]),
+        ("unanswered", _prompt(), [Answer(b"", Dead("unanswered", "silent for 3 s"))]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_learned_is_refused_by_type(reason: str, prompt: Prompt, answers: list[Answer]) -> None:

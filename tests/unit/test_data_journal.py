@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.data.journal import Answer, Journal, Settlement, Totals, read_ledger, totals
+from distill.data.journal import Answer, Dead, Journal, Settlement, Totals, read_ledger, totals
 from distill.data.schema import Usage
 from distill.errors import InputError
 
@@ -42,6 +42,35 @@ def test_an_answer_comes_back_as_it_was_kept(tmp_path: Path, body: bytes) -> Non
         assert journal.answer(KEY) == Answer(body) and journal.answer(KEY[::-1]) is None
     with Journal(_path(tmp_path)) as journal:
         assert journal.answer(KEY) == Answer(body)
+
+
+@pytest.mark.parametrize("dead", [Dead("http", "HTTP 400: a: b"), Dead("malformed", ""), Dead("unanswered", "x")])
+def test_why_there_is_no_answer_comes_back_by_type(tmp_path: Path, dead: Dead) -> None:
+    async def work(journal: Journal) -> None:
+        journal.give_up(KEY, dead)
+        await journal.flush()
+
+    with Journal(_path(tmp_path)) as journal:
+        asyncio.run(work(journal))
+    with Journal(_path(tmp_path)) as journal:
+        assert journal.answer(KEY) == Answer(b"", dead)
+
+
+def test_failures_are_counted_by_how_they_begin_and_what_was_answered_meanwhile(tmp_path: Path) -> None:
+    async def work(journal: Journal) -> None:
+        for status, state, detail in ((200, "uncertain", "bad json"), (500, "released", "no"), (0, "released", "no"),
+                                      (200, "uncertain", "cancelled"), (200, "uncertain", "bad type")):  # fmt: skip
+            number, written = journal.reserve(KEY, "answer", 1, 1)
+            await written
+            journal.settle(number, Settlement(state, status, detail))  # type: ignore[arg-type]
+        await journal.flush()
+        assert (journal.failures(KEY), journal.failures(KEY, "bad"), journal.failures(b"")) == ([1, 2, 5], [1, 5], [])
+        assert not journal.answered_since(1)
+        await _answered(journal, b"a" * 32, b"yes")
+        assert journal.answered_since(5) and not journal.answered_since(6)
+
+    with Journal(_path(tmp_path)) as journal:
+        asyncio.run(work(journal))
 
 
 def test_the_ledger_sums_what_was_counted_and_else_what_was_reserved(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def test_a_dataset_has_its_quotas_typed_rejects_and_passes_validation(tmp_path: 
     assert all((record.ground_truth is not None) == (record.stratum == "arithmetic") for record in dataset)
     rejects = [json.loads(line) for line in (tmp_path / "kd.jsonl.d" / "rejects.jsonl").read_text().splitlines()]
     assert {reject["reason"] for reject in rejects} == {"length", "empty"}
+    report = json.loads((tmp_path / "kd.jsonl.d" / "report.json").read_text())
+    assert report["cost_usd_per_record"] == pytest.approx(float(header.cost_usd or 0) / 40)
+    page = (tmp_path / "kd.jsonl.d" / "report.html").read_text()
+    assert all(f"<td>{reason}</td>" in page for reason in report["rejected"]) and header.files["report.html"]
     answers = 40 + len(rejects)
     assert header.cost_usd is not None and float(header.cost_usd) == pytest.approx(answers * (9 * 0.5 + 5 * 1.5) / 1e6)
     assert validate_main(["--in", str(tmp_path / "kd.jsonl")]) == 0, capsys.readouterr().out
@@ -71,6 +75,56 @@ def test_if_everything_is_rejected_no_dataset_appears(tmp_path: Path) -> None:
     with StubTeacher(answer=lambda body: value) as stub, pytest.raises(DistillError, match="tool_leak"):
         mix.make(tmp_path / "kd.jsonl", stub.url, 5, FAST, quiet=True)
     assert not (tmp_path / "kd.jsonl").exists()
+
+
+def test_a_stratum_that_is_short_says_why_and_what_helps(tmp_path: Path, capsys) -> None:
+    def rambling(body: dict[str, Any]) -> dict[str, Any]:
+        text = body["messages"][-1]["content"]
+        said = {"message": {"role": "assistant", "content": "A word."}, "finish_reason": "stop"}
+        return {"choices": [said | ({"finish_reason": "length"} if "long" in text else {})]}
+
+    (tmp_path / "few.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    lines = [json.dumps({"prompt": f"A long question, number {n}, about {'abcdefgh'[n % 8]}?"}) for n in range(60)]
+    (tmp_path / "rambling.jsonl").write_text("\n".join(lines) + "\n")
+    mixed = tmp_path / "mix.yaml"
+    files = [tmp_path / "few.jsonl", tmp_path / "rambling.jsonl"]
+    mixed.write_text(json.dumps({"strata": {"list": 1.0}, "near_duplicates": 1.0, "timeout_s": 5,
+                                 "sources": [{"path": str(path)} for path in files]}))  # fmt: skip
+    args = ["--out", str(tmp_path / "kd.jsonl"), "--total", "15", "--config", str(mixed), "--teacher"]
+    with StubTeacher(answer=rambling) as stub:
+        assert mix.main([*args, stub.url]) == 1
+    said = capsys.readouterr().out
+    assert "stratum few is 0" not in said and "stratum list" not in said
+    quota = Dataset.open(tmp_path / "kd.jsonl").header.quotas["rambling"]
+    most = 2 * quota + 20
+    assert (f"stratum rambling is {quota} short of its {quota}: too many answers were rejected, {most} of {most} "
+            f"(length {most}); raise `max_tokens`") in said  # fmt: skip
+    strata = json.loads((tmp_path / "kd.jsonl.d" / "report.json").read_text())["strata"]
+    assert strata["rambling"]["short"] in said and strata["rambling"]["rejected"] == most
+    assert "short" not in strata["list"]
+
+
+def test_prompts_that_are_used_up_are_told_from_rejected_answers(tmp_path: Path, capsys) -> None:
+    (tmp_path / "few.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    (tmp_path / "mix.yaml").write_text(
+        json.dumps({"strata": {}, "timeout_s": 5, "sources": [{"path": str(tmp_path / "few.jsonl")}]})
+    )
+    args = ["--out", str(tmp_path / "kd.jsonl"), "--total", "5", "--config", str(tmp_path / "mix.yaml"), "--teacher"]
+    answer = {"choices": [{"message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}]}
+    with StubTeacher(answer=lambda body: answer) as stub:
+        assert mix.main([*args, stub.url]) == 1
+    assert "stratum few is 3 short of its 5: its 2 prompts are used up; give it less weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0001, True), (0.0, False), (0.9, False)])
+def test_a_set_without_anything_held_out_says_so_once(tmp_path: Path, capsys, share: float, told: bool) -> None:
+    (tmp_path / "mix.yaml").write_text(json.dumps({"strata": {"arithmetic": 1.0}, "val_share": share, "timeout_s": 5}))
+    args = ["--out", str(tmp_path / "kd.jsonl"), "--total", "6", "--config", str(tmp_path / "mix.yaml"), "--teacher"]
+    with StubTeacher() as stub:
+        assert mix.main([*args, stub.url]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("nothing is held out for validation") == told
+    assert ("val_share 0.0001 of 6 records" in said) == told
 
 
 @pytest.mark.parametrize(("status", "message"), [(401, "refuses"), (404, "refuses|no usable answer|plain answer")])

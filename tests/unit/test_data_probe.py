@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,13 +22,16 @@ class Endpoint:
     """A chat endpoint with the habits given; `asked` holds what it was sent."""
 
     def __init__(self, *, calls: int = 2, most_logprobs: int = 20, reasoning: str | None = None, streams: bool = True,
-                 stream_usage: bool = True, usage: bool = True, refuses: Any = None,
-                 drops: Any = None) -> None:  # fmt: skip
+                 stream_usage: bool = True, usage: bool = True, refuses: Any = None, drops: Any = None,
+                 others: Sequence[dict[str, Any]] = ()) -> None:  # fmt: skip
         self.calls, self.most, self.reasoning, self.streams = calls, most_logprobs, reasoning, streams
         self.stream_usage, self.usage = stream_usage, usage
         self.refuses = refuses or (lambda body: None)
         self.drops = drops or (lambda body: ())
+        self.others = list(others)
         self.asked: list[dict[str, Any]] = []
+        self.lapses: set[int] = set()
+        """Numbers of the answers that lack their usage."""
 
     async def post(self, body: dict[str, Any], stream: bool) -> Exchange:
         self.asked.append({**body, "stream": stream})
@@ -48,20 +52,18 @@ class Endpoint:
             message["tool_calls"] = [call] * self.calls
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "stop"}
         if body.get("logprobs") and self.most and "logprobs" not in drops:
-            k = body["logprobs"] if body["logprobs"] is not True else body["top_logprobs"]
-            top = [{"token": str(n), "logprob": -float(n)} for n in range(k)]
+            top = [{"token": str(n), "logprob": -float(n)} for n in range(body["top_logprobs"])]
             choice["logprobs"] = {"content": [{"token": "0", "logprob": 0.0, "top_logprobs": top}]}
-        if "prompt" in body:
-            choice["text"] = choice.pop("message")["content"]
-        answer: dict[str, Any] = {"choices": [choice]}
-        if self.usage and (not stream or (self.stream_usage and body.get("stream_options"))):
+        answer: dict[str, Any] = {"choices": [*self.others, choice]}
+        lapse = len(self.asked) - 1 in self.lapses
+        if self.usage and not lapse and (not stream or (self.stream_usage and body.get("stream_options"))):
             answer["usage"] = {"prompt_tokens": 9, "completion_tokens": 5}
         kind = "text/event-stream" if stream and self.streams else "application/json"
         return Exchange(200, {"content-type": kind}, json.dumps(answer).encode(), "", True)
 
 
-def probed(endpoint: Endpoint, **options: Any) -> Capabilities:
-    found = asyncio.run(probe(endpoint.post, "m", **options))
+def probed(endpoint: Endpoint) -> Capabilities:
+    found = asyncio.run(probe(endpoint.post, "m"))
     assert len(endpoint.asked) <= MOST_CALLS
     assert all(body.get("max_tokens", body.get("max_completion_tokens")) <= 256 for body in endpoint.asked)
     return found
@@ -85,7 +87,7 @@ def test_llama_cpp_refuses_log_probabilities_with_tools_in_a_stream() -> None:
     found = probed(Endpoint(refuses=refuses))
     assert found.top_logprobs == 20 and found.logprobs_with_tools and not found.logprobs_in_stream
     assert found.streaming and found.stream_usage and found.tools
-    assert any("tools + stream" in note for note in found.notes)
+    assert any("tools + stream" in words for words in found.refusals.values())
 
 
 def test_llama_cpp_without_jinja_answers_500_to_tools() -> None:
@@ -155,11 +157,30 @@ def test_parallel_calls_streams_and_usage_are_told_apart() -> None:
     assert not refuses.streaming and refuses.tools and refuses.top_logprobs == 20
 
 
-def test_text_completions_are_asked_for_logprobs_alone() -> None:
-    endpoint = Endpoint()
-    found = probed(endpoint, raw=True)
-    assert found.top_logprobs == 20 and found.logprobs_in_stream and not found.tools and len(endpoint.asked) == 2
-    assert all(body["logprobs"] == 20 and "tools" not in body and "prompt" in body for body in endpoint.asked)
+def test_an_answer_that_lacks_its_usage_once_is_asked_for_again() -> None:
+    """What a header tells of a server must not depend on an accident."""
+    sound = Endpoint()
+    expected = probed(sound)
+    for accident in range(len(sound.asked)):
+        endpoint = Endpoint()
+        endpoint.lapses = {accident}
+        assert probed(endpoint) == expected
+
+
+def test_a_servers_words_are_shown_but_are_no_fact() -> None:
+    numbers = itertools.count()
+
+    def refuses(body: dict[str, Any]) -> str | None:
+        return f"no tools here, request {next(numbers)}" if "tools" in body else None
+
+    one, two = probed(Endpoint(refuses=refuses)), probed(Endpoint(refuses=refuses))
+    assert one != two and one.facts() == two.facts()
+    assert any("request 0" in line for line in one.lines()) and "tools: refused" in one.facts()["notes"]
+
+
+def test_the_reasoning_field_is_that_of_the_first_choice_by_index() -> None:
+    other = {"index": 1, "message": {"content": "no"}, "finish_reason": "stop"}
+    assert probed(Endpoint(reasoning="reasoning_content", others=[other])).reasoning_field == "reasoning_content"
 
 
 @pytest.mark.parametrize("status", [400, 500])

@@ -27,7 +27,6 @@ from distill.data.prompts.stream import (
     Prompt,
     PromptStream,
     SourceConfig,
-    describe,
     open_prompts,
     said,
     shares,
@@ -85,8 +84,10 @@ def test_a_longer_run_begins_with_a_shorter_one_and_a_seed_gives_another(
 
 def test_the_stream_is_the_same_in_another_process() -> None:
     code = (
-        "from distill.data.prompts.stream import *\n"
-        "print([p.id for _, p in zip(range(200), prompts({'tool_single': 1, 'domain': 2, 'long_context': 1}, 3))])"
+        "from distill.data.prompts.stream import open_prompts\n"
+        "from distill.data.mix_config import MixConfig\n"
+        "mix = MixConfig(strata={'tool_single': 1, 'domain': 2, 'long_context': 1})\n"
+        "print([p.id for _, p in zip(range(200), open_prompts(mix, 3, tools=True, room=None))])"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, check=True).stdout
@@ -260,6 +261,7 @@ def test_duplicates_are_dropped_with_their_evidence(tmp_path: Path) -> None:
     kept = {prompt.id for prompt in found}
     for drop in prompts.dropped:
         assert any(identity in drop.evidence for identity in kept) and drop.evidence.startswith("x.jsonl:")
+        assert drop.other in {" ".join(prompt.text.split())[:160] for prompt in found} and drop.other != drop.text
     assert prompts.drops == {("x", "duplicate"): 1, ("x", "near_duplicate"): 1}
 
 
@@ -279,9 +281,10 @@ def test_what_is_in_an_evaluation_set_is_not_asked(tmp_path: Path) -> None:
     assert not {prompt.id for prompt in found} & {prompt.id for prompt in secret}
     hits = [drop for drop in prompts.dropped if drop.reason == "contaminated"]
     assert {drop.id for drop in hits} >= {prompt.id for prompt in secret}
-    assert all(drop.evidence.startswith("eval.jsonl e") for drop in hits) and list(prompts.decontamination) == [
-        "eval.jsonl"
-    ]
+    assert all(drop.evidence.startswith("eval.jsonl e") for drop in hits)
+    assert list(prompts.decontamination) == ["eval.jsonl"]
+    items = [f"{said(prompt)} Really?" for prompt in secret]
+    assert all(any(" ".join(item.split())[:150] == drop.other[:150] for item in items) for drop in hits)
 
 
 def test_strata_that_need_tools_are_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -351,21 +354,6 @@ def test_tools_and_fixtures_from_files_answer_prompts_from_files(tmp_path: Path)
         stream(strata={"domain": 1.0}, tool_files=[tools])
     with pytest.raises(DatasetError, match="unknown tool 'stock'"):
         stream(strata={"domain": 1.0}, fixtures=[fixtures])
-
-
-# --- the look before paying
-
-
-def test_a_mix_can_be_looked_at_before_it_is_paid_for(tmp_path: Path) -> None:
-    rows = [{"prompt": "What is rain?"}, {"prompt": "what is rain"}, {"prompt": "Another question"}]
-    source = SourceConfig(write(tmp_path / "mine.jsonl", rows), weight=40.0)
-    lines = list(describe(stream(sources=[source], tools=False), 60))
-    table = {line.split()[0]: line.split()[1:] for line in lines[1:15]}
-    assert table["mine"][:2] == ["2", "2"] and table["mine"][3] == "1"
-    assert any(line.startswith("in all") and line.split()[2:4] == ["60", "60"] for line in lines)
-    assert "tool_single is left out: the teacher cannot call tools" in lines
-    assert any(line.startswith("duplicate: mine ") and "mine.jsonl:" in line for line in lines)
-    assert all("\n" not in line and len(line) < 400 for line in lines)
 
 
 def test_the_shipped_mix_holds_every_stratum_with_its_weight() -> None:

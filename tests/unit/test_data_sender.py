@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from distill.data.budget import Budget, Limits, Prices
-from distill.data.journal import Journal, Totals
+from distill.data.journal import Dead, Journal, Totals
 from distill.data.sender import Request, Sender, Stopped, Unanswered
 from distill.data.teacher.admission import Admission
+from distill.data.teacher.spec import KEY_VARIABLES
 from distill.data.teacher.transport import Exchange
 from distill.errors import InputError, Paused
 
@@ -134,11 +135,19 @@ def test_half_an_hour_of_refusals_pauses_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("exchange", "error", "match"),
     [
-        (_status(401, body=b'{"error": {"message": "bad key"}}'), InputError, "refuses.*401"),
+        (
+            _status(401, body=b'{"error": {"message": "bad key"}}'),
+            InputError,
+            "refuses.*401.*no key is set in TEACHER_API_KEY, MOONSHOT_API_KEY, OPENAI_API_KEY",
+        ),
         (_status(429, body=b'{"error": {"code": "insufficient_quota"}}'), Paused, "quota"),
     ],
 )
-def test_where_trying_again_is_no_use_it_says_so_at_once(tmp_path: Path, exchange, error, match: str) -> None:
+def test_where_trying_again_is_no_use_it_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange, error, match: str
+) -> None:
+    for name in KEY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     transport = Scripted(exchange)
     with _raises(error, match):
         _run(tmp_path, transport, lambda sender: sender.ask(REQUEST))
@@ -151,7 +160,7 @@ def test_a_request_that_is_wrong_for_good_is_entered_as_dead_once_others_were_an
         return await sender.ask(Request(b"x" * 32, BODY))
 
     answer, ledger = _run(tmp_path, Scripted(GOOD, _status(400)), work)
-    assert answer.body == b"" and "400" in str(answer.dead) and set(ledger) == {"settled", "released"}
+    assert answer.body == b"" and answer.dead == Dead("http", "HTTP 400") and set(ledger) == {"settled", "released"}
 
 
 def test_three_refusals_at_the_start_are_the_configurations_fault_and_are_not_kept(tmp_path: Path) -> None:
@@ -213,6 +222,19 @@ def test_a_server_that_counts_more_than_was_reserved_stops_a_run_with_a_budget(t
     _run(tmp_path / "free", transport, lambda sender: sender.ask(REQUEST))
 
 
+def test_what_a_server_counted_beyond_the_bound_is_reserved_from_then_on_in_later_runs_too(tmp_path: Path) -> None:
+    greedy = json.loads(GOOD.body) | {"usage": {"prompt_tokens": 7, "completion_tokens": 5000}}
+    transport = Scripted(GOOD._replace(body=json.dumps(greedy).encode()))
+    with _raises(Paused, "counted 5,007 tokens .* may take 230 .* from now on so much more is reserved"):
+        _run(tmp_path, transport, lambda sender: sender.ask(REQUEST), limits=Limits(tokens=10_000))
+    limits = Limits(tokens=8_422)
+    answer, _ = _run(tmp_path, transport, lambda sender: sender.ask(Request(b"x" * 32, BODY)), limits=limits)
+    assert answer.body, "as much as it was known to count fits, so nothing was counted beyond what was reserved"
+    with _raises(Paused, "a request may take 8,422"):
+        _run(tmp_path, transport, lambda sender: sender.ask(Request(b"y" * 32, BODY)), limits=Limits(tokens=8_421))
+    assert len(transport.bodies) == 2
+
+
 def test_an_answer_that_was_given_before_is_not_taken_for_another_requests(tmp_path: Path) -> None:
     first, second = (GOOD._replace(body=GOOD.body[:-1] + f', "id": "{name}"}}'.encode()) for name in "ab")
     transport = Scripted(first, first, second)
@@ -228,9 +250,11 @@ def test_an_answer_that_was_given_before_is_not_taken_for_another_requests(tmp_p
 
 
 def test_a_combination_that_a_server_answers_with_500_is_the_probes_to_judge(tmp_path: Path) -> None:
-    bad = _status(500, {"retry-after": "0"}, b'{"error": "tools need --jinja"}')
+    bad, busy = (_status(status, {"retry-after": "0"}, b'{"error": "tools need --jinja"}') for status in (500, 503))
     asked = BODY | {"tools": [{}]}
     exchange, ledger = _run(tmp_path, Scripted(bad), lambda sender: sender.probe(asked, False))
     assert exchange == bad and ledger["released"].attempts == 3
+    with _raises(Paused, "does not answer"):  # a server in trouble says nothing about tools
+        _run(tmp_path / "busy", Scripted(busy, bad), lambda sender: sender.probe(asked, False))
     with _raises(Paused, "does not answer"):
         _run(tmp_path / "plain", Scripted(bad), lambda sender: sender.probe(BODY, False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,11 +20,19 @@ class At:
 
 
 @contextmanager
-def serving(pages: dict[str, bytes]) -> Iterator[str]:
+def serving(pages: dict[str, bytes], trouble: Sequence[int] = ()) -> Iterator[str]:
+    """A server with these pages; its first answers are `trouble`: a status, or 0 for something that is not HTTP."""
+    first = list(trouble)
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = pages.get(self.path)
-            self.send_response(404 if body is None else 200)
+            status = first.pop(0) if first else 404 if body is None else 200
+            if not status:
+                self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body or b"no")))
             self.end_headers()
             self.wfile.write(body or b"no")
 
@@ -64,6 +72,12 @@ PROPS = {"build_info": "b6501-84e908c6", "default_generation_settings": {}}
 )
 def test_a_server_is_named_by_what_it_says_on_one_short_line(pages: dict[str, object], name: str | None) -> None:
     assert named(pages) == name
+
+
+@pytest.mark.parametrize("trouble", [[503], [500, 429], [0, 502]], ids=str)
+def test_trouble_that_passes_does_not_change_a_name(trouble: list[int]) -> None:
+    with serving({"/version": b'{"version": "0.11.0"}'}, trouble) as base:
+        assert asyncio.run(server_of(At(base))) == "vLLM 0.11.0"
 
 
 def test_a_server_that_is_gone_has_no_name() -> None:

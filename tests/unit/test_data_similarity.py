@@ -15,7 +15,6 @@ from distill.data.prompts.contamination import ContaminationIndex, Hit, evaluati
 from distill.data.prompts.similarity import (
     PERMUTATIONS,
     NearDuplicates,
-    exact_key,
     jaccard,
     normalise,
     rows_of_band,
@@ -152,7 +151,7 @@ def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
 
 
 def test_equal_but_for_case_width_and_spaces_is_equal() -> None:
-    assert exact_key("\uff33tra\u00dfe  No. 5\n") == exact_key("STRASSE no. 5") != exact_key("strasse no. 6")
+    assert normalise("\uff33tra\u00dfe  No. 5\n") == normalise("STRASSE no. 5") != normalise("strasse no. 6")
     assert normalise(" A\tb ") == "a b"
 
 
@@ -213,9 +212,11 @@ def test_evidence_names_the_set_the_item_and_the_words(tmp_path: Path) -> None:
     ]
     index = ContaminationIndex.load(files)
     assert index.hits(f"Please solve: {question.upper()}!!")[0] == Hit(
-        "gsm.jsonl", "q7", "natalia sold clips to forty eight of her friends in april and then"
+        "gsm.jsonl", "q7", "natalia sold clips to forty eight of her friends in april and then", question
     )
-    assert index.hits("how many legs has a spider") == [Hit("gsm.jsonl", "line 1", "how many legs has a spider")]
+    assert index.hits("how many legs has a spider") == [
+        Hit("gsm.jsonl", "line 1", "how many legs has a spider", "How many legs has a spider?")
+    ]
     assert index.hits("An entirely different line") and not index.hits("An entirely other line")
     assert not index.hits("She sold clips to friends in April. How many legs has a spider with a broken leg, in May?")
     assert set(index.sha256s) == {"gsm.jsonl", "plain.txt"} and len(index) == 4

@@ -17,8 +17,8 @@ import pytest
 
 from distill.data.teacher import transport as transport_module
 from distill.data.teacher.outcomes import judge
-from distill.data.teacher.transport import Exchange, HttpTransport, only_model
-from distill.errors import InputError
+from distill.data.teacher.transport import Exchange, HttpTransport, only_model, unlisted_model
+from distill.errors import InputError, Paused
 
 KEY = "tk-very-secret-1234"
 Script = Callable[[asyncio.StreamWriter, dict[str, Any]], Awaitable[None]]
@@ -83,7 +83,10 @@ class Server:
                 path = lines[0].split(" ")[1]
                 self.requests.append((path, headers, json.loads(body or "null")))
                 if lines[0].startswith("GET"):
-                    writer.write(self.models if path.endswith("/v1/models") else response("no", "404 Not Found"))
+                    models = self.models if path.endswith("/v1/models") else response("no", "404 Not Found")
+                    writer.write(models)
+                    if models.endswith(b"{"):
+                        return
                     continue
                 script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
                 if isinstance(script, bytes):
@@ -438,7 +441,7 @@ def test_v1_is_added_where_the_bare_url_does_not_answer(extra: str) -> None:
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (response("", "401 Unauthorized"), "refuses the key \\(HTTP 401\\), which is read from TEACHER_API_KEY"),
+        (response("", "401 Unauthorized"), "HTTP 401\\): no key is set in TEACHER_API_KEY, MOON"),
         (response("", "404 Not Found"), "cannot reach a teacher at http://127.0.0.1:[0-9]+ or .*/v1: HTTP 404"),
         (response("hello"), "/models did not answer with a list of models"),
         (response('{"data": 3}'), "/models did not answer"),
@@ -500,3 +503,56 @@ def test_a_certificate_is_verified(certificate: Path, monkeypatch: pytest.Monkey
             await transport.close()
 
     run(main)
+
+
+def test_who_is_not_let_in_hears_which_key_was_sent_but_not_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setenv("MOONSHOT_API_KEY", KEY)
+        async with Server(answer("a")) as server:
+            server.models = response("", "403 Forbidden")
+            with pytest.raises(InputError, match=r"HTTP 403\): the key is from MOONSHOT_API_KEY") as caught:
+                await server.connect()
+            assert KEY not in str(caught.value)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        response("", "503 Busy"),
+        response("", "429 Slow", "Retry-After: 0"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",
+    ],
+)
+def test_trouble_that_passes_while_the_models_are_listed_is_waited_for(trouble: bytes) -> None:
+    async def main() -> None:
+        async with Server(answer("a")) as server:
+            listed, server.models = server.models, trouble
+            asyncio.get_running_loop().call_later(0.3, setattr, server, "models", listed)
+            transport = await server.connect()
+            assert transport.models == ("m",)
+            await transport.close()
+
+    run(main)
+
+
+def test_a_server_that_stays_busy_pauses_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "_PAUSES", (0.01, 0.01))
+
+    async def main() -> None:
+        async with Server(answer("a")) as server:
+            server.models = response("", "503 Busy")
+            with pytest.raises(Paused, match=r"not ready \(HTTP 503\); run the same command again"):
+                await server.connect()
+            assert [path for path, *_ in server.requests].count("/v1/models") == 3
+            server.models = response("", "429 Slow", "Retry-After: 1000")
+            with pytest.raises(Paused, match="HTTP 429"):
+                await server.connect()
+
+    run(main)
+
+
+def test_a_model_that_is_not_listed_is_remarked_on() -> None:
+    assert unlisted_model("a", ["b", "a"]) == "" == unlisted_model("a", [])
+    assert unlisted_model("a", ["c", "b"]) == "the endpoint does not list --model a; it lists b, c"

@@ -53,7 +53,7 @@ def _twin(lines: Lines, split: str, **change: Any) -> dict[str, Any]:
     twin = json.loads(json.dumps(lines[0], default=str))
     identity = next(f"twin-{i}" for i in range(99) if kd.split_of(f"twin-{i}", 0.25) == split)
     twin |= {"id": identity, "split": split, "cost_usd": None} | change
-    twin.pop("logprobs")
+    twin["logprobs"] = None
     lines.append(twin)
     return twin
 
@@ -98,6 +98,27 @@ def _swap_ids(lines: Lines) -> None:
         lines[1]["messages"][index]["tool_call_id"] = name
 
 
+def _query(lines: Lines, value: str) -> None:
+    """Another argument of the second call, its fixture right."""
+    call = lines[1]["messages"][2]["tool_calls"][1]
+    call["arguments"]["query"] = value
+    result = lines[1]["messages"][4]["content"]
+    lines[1]["provenance"]["fixture_sha256"][1] = fixture_sha256(ToolCall("search", call["arguments"]), result)
+    retell(lines[1])
+
+
+def _empty_result(lines: Lines) -> None:
+    call = lines[1]["messages"][2]["tool_calls"][1]
+    lines[1]["messages"][4]["content"] = ""
+    lines[1]["provenance"]["fixture_sha256"][1] = fixture_sha256(ToolCall("search", call["arguments"]), "")
+    retell(lines[1])
+
+
+def _secret_id(split: str) -> str:
+    names = (f"sk-abcdefghijklmnopqrstuvwxy{n}" for n in range(99))
+    return next(name for name in names if kd.split_of(name, 0.25) == split)
+
+
 LINE_FAULTS: dict[str, tuple[str, Any]] = {
     "other run": ("run_id", lambda v: v[1].update(run_id="x")),
     "id used twice": ("ids", lambda v: v[3].update(id=v[1]["id"], split=v[1]["split"])),
@@ -112,6 +133,16 @@ LINE_FAULTS: dict[str, tuple[str, Any]] = {
     "result of no call": ("roles", lambda v: v[1]["messages"][3].update(tool_call_id="call_7")),
     "results in the wrong order": ("roles", _swap_ids),
     "ids that are a server's": ("roles", lambda v: v[1]["messages"][2]["tool_calls"][0].update(id="chatcmpl-1")),
+    "empty tool result": ("roles", lambda v: _empty_result(v)),
+    "lost bytes in a call": ("bytes", lambda v: _query(v, "a\ufffdb")),
+    "NUL in a call": ("bytes", lambda v: _query(v, "a\x00b")),
+    "markup in a call": ("leak", lambda v: _query(v, "<|tool_calls_section_begin|>")),
+    "tool response in a text": ("leak", lambda v: _turn(v, 5, content="It is <tool_response> cold.")),
+    "span reversed": ("spans", lambda v: v[1]["targets"][0]["char"].reverse()),
+    "flag that nothing sets": ("bytes", lambda v: v[1].update(flags=["odd"])),
+    "hash that is none": ("provenance", lambda v: v[1]["provenance"]["request_sha256"].__setitem__(0, "A" * 64)),
+    "row that nobody uses": ("distributions", lambda v: v[1].pop("logprobs")),
+    "secret as id": ("secrets", lambda v: v[1].update(id=_secret_id(v[1]["split"]))),
     "user turn by the teacher": ("roles", lambda v: v[1]["messages"][0].update(origin="broker")),
     "call written in a text": ("calls", lambda v: _turn(v, 2, content='<tool_call>{"name": "x"}</tool_call>')),
     "call not offered": ("offered", _rename),
@@ -129,7 +160,7 @@ LINE_FAULTS: dict[str, tuple[str, Any]] = {
     "target of another kind": ("spans", lambda v: v[1]["targets"][1].update(kind="final")),
     "source of another leaf": ("spans", lambda v: _integration(v[1])["source"].update(pointer="/elsewhere")),
     "loss on a tool's result": ("loss", lambda v: v[1]["targets"][0].update(msg=3)),
-    "loss beyond the text": ("loss", lambda v: v[1]["targets"][0].update(char=[0, 10**6])),
+    "span beyond the text": ("spans", lambda v: v[1]["targets"][0].update(char=[0, 10**6])),
     "source that comes later": ("loss", lambda v: _integration(v[1])["source"].update(msg=5)),
     "row of another": ("distributions", lambda v: v[1]["logprobs"].update(row=v[0]["logprobs"]["row"])),
     "row that is not there": ("distributions", lambda v: v[1]["logprobs"].update(row=999)),
@@ -177,7 +208,11 @@ def test_a_planted_fault_in_a_record_is_found_by_its_rule_alone(path: Path, faul
     edit_lines(path, change)
     report = validate(path)
     assert [name for name, gate in report.gates.items() if gate.status == "fail"] == [rule]
-    assert all(finding.place.startswith("d.jsonl:") for finding in report.findings if finding.rule != "costs")
+    assert all(
+        finding.place.startswith("d.jsonl:")
+        for finding in report.findings
+        if finding.rule not in ("costs", "distributions")
+    )
 
 
 STORE_FAULTS = {
@@ -362,6 +397,8 @@ SAMPLES = {
     "Telegram token": "123456789:AA" + "b" * 33, "JSON web token": "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJSMeK",
     "private key": "-----BEGIN RSA PRIVATE KEY-----", "bearer token": "Bearer abcdefghijklmnopqrstuvwx1",
     "password in a URL": "postgres://ann:hunter2@db.local/x",
+    "AWS secret key": "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzKLMNOPQR",
+    "password": "password: hunter2xyz", "assigned key": "client_secret='a8f5f167f44f4964e6c998de'",
 }  # fmt: skip
 
 
@@ -378,6 +415,30 @@ def test_a_secret_is_reported_by_kind_and_place_and_never_echoed(path: Path, kin
 )  # fmt: skip
 def test_a_secret_is_found_wherever_it_stands(hidden: str) -> None:
     assert secret_in(hidden.format(SAMPLES["API key"])) == "API key"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"password": "hunter2xyz"}', '{\\"password\\": \\"hunter2xyz\\"}', "PASSWORD = 'S3cure!pass'",
+     "**Password:** hunter2xyz",
+     "my password is: hunter2xyz", "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "pwd=Zx9kLm2q",
+     "api_key = 9f8e7d6c5b4a39281706f5e4"],
+)  # fmt: skip
+def test_what_is_assigned_to_a_password_is_a_secret(text: str) -> None:
+    assert secret_in(text) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["password: str", "password=None", "the password: it must be long", "password=password1", "password: bcrypt12",
+     "password = get_password_v2()", "def login(user: str, password: str = 'changeme') -> None", "token: int64",
+     "password=user.password1", "password: your_password123", "password: ${DB_PASS1}", "if password1 != password2:",
+     "password=<your-password-1>", "api_key=YOUR_API_KEY_HERE_1", "api_key = os.getenv('API_KEY_1234567890')",
+     "secret_key = settings.SECRET_KEY_1234567", "Password: 8-16 characters", "PWD=/home/user1/project",
+     "password_hash = hash_password2(pw)", "secret: sha256"],
+)  # fmt: skip
+def test_prose_and_code_about_passwords_hold_none(text: str) -> None:
+    assert secret_in(text) is None
 
 
 @pytest.mark.parametrize(
@@ -414,21 +475,38 @@ def test_a_clean_dataset_passes_every_rule(path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "24 records (19 train, 5 val)" in printed and "MB/s" in printed
     report = json.loads((kd.sidecar(path) / "validation.json").read_text())
-    assert report["findings"] == [] and {name for name, g in report["gates"].items() if g["status"] != "pass"} == {
-        "contamination"
-    }
+    skipped = {name for name, gate in report["gates"].items() if gate["status"] != "pass"}
+    assert report["findings"] == [] and skipped == {"contamination", "costs", "journal", "order"}
 
 
-def test_findings_exit_1_and_broken_files_exit_2(path: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [b'{"id": nonsense}\n', b"\n", b'{"id": "x"', b"\xff\xfe\n", b'{"id": "\\ud800"}\n',
+     b'{"id": %s}\n' % (b"9" * 10**6),
+     b"[" * 10**5 + b"\n", b'"' + b"a" * 5000 + b'"\n'],
+)  # fmt: skip
+def test_a_broken_line_is_a_finding_of_its_own_and_the_check_goes_on(path: Path, broken: bytes, monkeypatch) -> None:
+    monkeypatch.setattr("distill.data.rules.block.BLOCK", 3000)  # a line is longer than what is read at once
+    monkeypatch.setattr(kd, "MAX_LINE", 100_000)
+    edit_lines(path, lambda v: v[5].update(run_id="x"))
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(first + b"\n" + broken + (rest if broken.endswith(b"\n") else b"\n" + rest))
+    report = validate(path)
+    places = {(finding.rule, finding.place) for finding in report.findings}
+    assert ("schema", "d.jsonl:2") in places and ("run_id", "d.jsonl:7") in places
+    assert report.counts["records"] == 24 and main(["--in", str(path)]) == 1
+
+
+def test_a_line_that_is_cut_off_at_the_end_is_a_finding(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+    report = validate(path)
+    assert ("schema", "d.jsonl:24", "the line is cut off") in report.findings and report.counts["records"] == 23
+
+
+def test_findings_exit_1_and_where_nothing_can_be_checked_exit_2(path: Path, tmp_path: Path, capsys) -> None:
     edit_lines(path, lambda v: v[1].update(id=v[0]["id"]))
     assert main(["--in", str(path)]) == 1
     assert "d.jsonl:2" in capsys.readouterr().out
-    for broken in (b'{"id": nonsense}\n', b"\n", b'{"id": "x"', b"\xff\xfe\n"):
-        sound = path.read_bytes()
-        path.write_bytes(sound + broken)
-        assert main(["--in", str(path)]) == 2
-        assert "d.jsonl:25" in capsys.readouterr().err
-        path.write_bytes(sound)
     assert main(["--in", str(tmp_path / "none.jsonl")]) == 2
     (kd.sidecar(path) / "header.json").write_text("{}")
     assert main(["--in", str(path)]) == 2
@@ -438,7 +516,7 @@ def test_structural_rules_skip_the_others_by_name(path: Path, capsys) -> None:
     assert main(["--in", str(path), "--rules", "structural"]) == 0
     gates = validate(path, Options("structural")).gates
     skipped = {name for name, gate in gates.items() if gate.reason == "--rules structural"}
-    assert skipped == {name for name, rule in RULES.items() if not rule.structural}
+    assert skipped | {"journal"} == {name for name, rule in RULES.items() if not rule.structural} | {"order"}
 
 
 def test_several_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,12 +100,12 @@ def test_nonsense_of_usage_is_unknown_usage(usage: Any) -> None:
 
 
 def test_of_several_choices_the_first_by_index_counts() -> None:
-    choices = [{"index": 1, "message": {"content": "b"}}, {"index": 0, "message": {"content": "a"}}]
+    choices = [{"index": n, "message": {"content": text}, "finish_reason": "stop"} for n, text in ((1, "b"), (0, "a"))]
     assert read_reply(json.dumps({"choices": choices}).encode()).content == "a"
 
 
 def test_of_a_key_that_occurs_twice_the_last_counts_as_in_json() -> None:
-    text = b'{"choices": [{"message": {"content": "a", "content": "b"}}]}'
+    text = b'{"choices": [{"message": {"content": "a", "content": "b"}, "finish_reason": "stop"}]}'
     assert read_reply(text).content == json.loads(text)["choices"][0]["message"]["content"] == "b"
 
 
@@ -116,6 +116,7 @@ def test_of_a_key_that_occurs_twice_the_last_counts_as_in_json() -> None:
         b'{"choices": [{"message": {"content": ["a"]}}]}', b'{"choices": [{"message": {"content": 3}}]}',
         b'{"error": {"message": "x"}}', b'{"choices": [{"message": {"content": "\\ud800"}}]}',
         b'{"choices": [{"message": {"content": "\xff"}}]}', b'{"choices": [{"message": {"content": NaN}}]}',
+        b'{"choices": [{"message": {"content": "a"}, "finish_reason": null}]}', b'{"choices": [{"text": "a"}]}',
         b'{"choices": [{"index": 1, "message": {"content": "a"}}]}', b'{"choices": [{"message": {"content": "a"}',
         b'{"choices": [{"message": {"tool_calls": [{"function": {"arguments": "{}"}}]}}]}',
         b'{"choices": [{"message": {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}}]}',
@@ -395,3 +396,11 @@ def test_a_streamed_text_completion_reads_like_a_plain_one() -> None:
     plain = {"choices": [{"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": legacy}]}
     last = {"choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}
     assert assembled(events(*parts, last)) == read_reply(json.dumps(plain).encode())
+
+
+def test_a_byte_order_mark_is_no_part_of_an_answer() -> None:
+    plain = b'{"choices": [{"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}]}'
+    assert read_reply(b"\xef\xbb\xbf" + plain) == read_reply(plain)
+    reader = StreamReader()
+    reader.feed(b'\xef\xbb\xbfdata: {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n')
+    assert read_reply(reader.finish()).content == "a"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.artifacts import sha256_file
-from distill.data.prompts.similarity import U64, WORD, grams, normalise, word_hashes
+from distill.data.prompts.similarity import U64, WORD, excerpt, grams, normalise, word_hashes
 from distill.errors import DatasetError
 from distill.jsonlines import decode_object, read_lines
 
@@ -27,16 +27,17 @@ class Hit(NamedTuple):
     set: str
     item: str
     ngram: str
+    excerpt: str
+    """The item's beginning."""
 
 
 class ContaminationIndex:
-    """Evaluation sets by the hashes of their word runs. It keeps no text of theirs: what a hit shows is the text
-    asked about."""
+    """Evaluation sets by the hashes of their word runs. Of their texts it keeps the beginnings, as evidence."""
 
     def __init__(self, items: Mapping[str, Iterable[tuple[str, str]]] | None = None) -> None:
         """`items`: for each set its (item, text) pairs."""
         self.sha256s: dict[str, str] = {}
-        self._names: list[tuple[str, str]] = []
+        self._items: list[tuple[str, str, str]] = []  # set, item, excerpt
         # word runs of items that are long enough for 13; 8-word runs of the others, and of these; whole short items
         runs: dict[str, list[tuple[U64, int]]] = {"long": [], "short": [], "all": [], "whole": []}
         for name, pairs in (items or {}).items():
@@ -56,11 +57,11 @@ class ContaminationIndex:
         return index
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._items)
 
     def hits(self, text: str, limit: int = 5) -> list[Hit]:
         """At most `limit` runs of the text that are in an evaluation set, one for each item."""
-        words = WORD.findall(normalise(_body(text))) if self._names else []
+        words = WORD.findall(normalise(_body(text))) if self._items else []
         if not words:
             return []
         hashes = word_hashes(words)
@@ -79,15 +80,16 @@ class ContaminationIndex:
             for place in inside[keys[at[inside]] == runs[inside]].tolist():
                 owner = int(owners[at[place]])
                 if owner not in found and len(found) < limit:
-                    found[owner] = Hit(*self._names[owner], " ".join(words[place : place + n]))
+                    name, item, beginning = self._items[owner]
+                    found[owner] = Hit(name, item, " ".join(words[place : place + n]), beginning)
         return list(found.values())
 
     def _enter(self, runs: dict[str, list[tuple[U64, int]]], name: str, item: str, text: str) -> None:
         words = WORD.findall(normalise(_body(text)))
         if not words:
             return
-        hashes, owner = word_hashes(words), len(self._names)
-        self._names.append((name, item))
+        hashes, owner = word_hashes(words), len(self._items)
+        self._items.append((name, item, excerpt(_body(text))))
         if len(words) >= LONG_GRAM:
             runs["long"].append((grams(hashes, LONG_GRAM), owner))
         elif len(words) >= SHORT_GRAM:

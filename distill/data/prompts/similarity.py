@@ -25,6 +25,7 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u
 WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # a + is not a -, but a comma may come and go
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s.,;:!?'\"()\u2018\u2019\u201c\u201d]")
+_EXCERPT = 160
 _KNOWN_WORDS = 1 << 18
 _BLOCK = 1 << 13  # shingles hashed at once: 4 MB of uint32
 _RECENT = 1 << 16  # band keys kept in a dict before they are sorted into an array
@@ -35,9 +36,10 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def exact_key(text: str) -> str:
-    """A hash that is equal for texts that are exact duplicates."""
-    return hashlib.sha256(normalise(text).encode("utf-8", "surrogatepass")).hexdigest()
+def excerpt(text: str) -> str:
+    """The beginning of a text on one line, as evidence."""
+    line = " ".join(text[: 4 * _EXCERPT].split())
+    return line if len(line) <= _EXCERPT else line[: _EXCERPT - 3] + "..."
 
 
 class Match(NamedTuple):

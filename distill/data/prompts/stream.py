@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from distill.broker import Broker, Tool, read_fixtures, read_tools
 from distill.data.prompts.contamination import ContaminationIndex
-from distill.data.prompts.similarity import NearDuplicates, Sketch
+from distill.data.prompts.similarity import NearDuplicates, Sketch, excerpt
 from distill.data.prompts.sources import Source, SourceConfig
 from distill.data.prompts.strata import TOOL_STRATA, WEIGHTS, Prompt, built_in, capacity
 from distill.data.prompts.tool_material import BY_NAME, TOOLS
@@ -26,9 +26,7 @@ __all__ = [
     "Prompt",
     "PromptStream",
     "SourceConfig",
-    "describe",
     "open_prompts",
-    "prompts",
 ]
 
 STRATA = tuple(WEIGHTS)
@@ -66,6 +64,8 @@ class Dropped(NamedTuple):
     evidence: str
     text: str
     """Its beginning."""
+    other: str
+    """The beginning of the prompt or the evaluation item that it collides with."""
 
 
 class _Stratum(NamedTuple):
@@ -110,7 +110,7 @@ class PromptStream:
             raise ConfigError(f"no stratum is left to ask ({reasons})" if reasons else "strata: no positive weight")
         self._given = dict.fromkeys(self._strata, 0)
         self._index = NearDuplicates(near_duplicates)
-        self._texts: dict[str, str] = {}
+        self._excerpts: dict[str, str] = {}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -135,6 +135,7 @@ class PromptStream:
             prompt = self._kept(name, self._ahead[name], self._index, self._drop)
             if prompt is not None:
                 self._given[name] += 1
+                self._excerpts[prompt.id] = excerpt(said(prompt))
                 return prompt
             self.exhausted.add(name)
         raise StopIteration
@@ -161,31 +162,33 @@ class PromptStream:
         return count
 
     def _kept(self, name: str, ahead: _Ahead, index: NearDuplicates,
-              drop: Callable[[Prompt, str, str], None]) -> Prompt | None:  # fmt: skip
+              drop: Callable[[Prompt, str, str, str], None]) -> Prompt | None:  # fmt: skip
         """The next prompt of a stratum that is not dropped; None where there is none."""
         too_long = 0
         for prompt, sketch in ahead:
             if self._room is not None and prompt.needs_tokens > self._room:
-                drop(prompt, "too_long", f"about {prompt.needs_tokens} tokens, and there is room for {self._room}")
+                drop(prompt, "too_long", f"about {prompt.needs_tokens} tokens, and there is room for {self._room}", "")
                 too_long += 1
                 if too_long == _TOO_LONG:
                     return None
             elif hits := [hit for m in prompt.messages if m.role == "user" for hit in self._evaluation.hits(m.content)]:
-                drop(prompt, "contaminated", "; ".join(f"{hit.set} {hit.item}: {hit.ngram}" for hit in hits))
+                evidence = "; ".join(f"{hit.set} {hit.item}: {hit.ngram}" for hit in hits)
+                drop(prompt, "contaminated", evidence, hits[0].excerpt)
             elif match := index.find(sketch):
                 same = match.similarity == 1
                 evidence = match.key if same else f"{match.key}, similarity {match.similarity:.2f}"
-                drop(prompt, "duplicate" if same else "near_duplicate", evidence)
+                drop(prompt, "duplicate" if same else "near_duplicate", evidence, self._excerpts.get(match.key, ""))
             else:
                 index.insert(prompt.id, sketch)
                 return prompt
         return None
 
-    def _drop(self, prompt: Prompt, reason: str, evidence: str) -> None:
+    def _drop(self, prompt: Prompt, reason: str, evidence: str, other: str) -> None:
         self.drops[prompt.stratum, reason] += 1
         if len(self.dropped) < MAX_DROPPED:
             where = f"{prompt.source} " if prompt.source else ""
-            self.dropped.append(Dropped(prompt.id, prompt.stratum, reason, where + evidence, prompt.text[:80]))
+            text = excerpt(said(prompt))
+            self.dropped.append(Dropped(prompt.id, prompt.stratum, reason, where + evidence, text, other))
 
     def _leave_out_long(self, room: int) -> None:
         """Leave out strata whose first prompts are all too long, so that nobody waits for one that fits."""
@@ -261,16 +264,6 @@ def open_prompts(mix: Mix, seed: int, *, tools: bool, room: int | None) -> Promp
     )  # fmt: skip
 
 
-def prompts(weights: Mapping[str, float], seed: int) -> Iterator[Prompt]:
-    """Built-in prompts of these strata, without limits of room."""
-    unknown = sorted(set(weights) - set(STRATA))
-    if unknown or any(not 0 <= weight < 1e9 for weight in weights.values()):
-        raise ConfigError(f"strata: {', '.join(unknown) or 'a weight below 0'}; known: {', '.join(STRATA)}")
-    return PromptStream({
-        name: _Stratum(weight, capacity(name), _opener(name, seed, 4000)) for name, weight in weights.items() if weight
-    })  # fmt: skip
-
-
 def shares(weights: Mapping[str, float], limits: Mapping[str, int], total: int) -> dict[str, int]:
     """Whole numbers in proportion to the weights that sum to `total`: largest remainder, then by name. None exceeds
     its limit, unless all are at theirs."""
@@ -294,32 +287,6 @@ def shares(weights: Mapping[str, float], limits: Mapping[str, int], total: int) 
     for name in by_remainder[: total - sum(out.values())]:
         out[name] += 1
     return {name: out[name] for name in weights}
-
-
-def describe(stream: PromptStream, total: int) -> Iterator[str]:
-    """What a mix holds, a line at a time, before anything is asked or paid."""
-    quotas = stream.quotas(total)
-    counts: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    for _, prompt in zip(range(total), stream, strict=False):
-        counts[prompt.stratum] += 1
-        tokens[prompt.stratum] += prompt.needs_tokens
-    reasons = ("duplicate", "near_duplicate", "contaminated", "too_long")
-    heads = ("quota", "prompts", "tokens", "same", "near", "contam.", "too long")
-    yield f"{'stratum':<20} " + " ".join(f"{head:>9}" for head in heads)
-    for name, quota in quotas.items():
-        drops = (stream.drops[name, reason] for reason in reasons)
-        numbers = (quota, counts[name], tokens[name], *drops)
-        yield f"{name:<20} " + " ".join(f"{value:>9}" for value in numbers)
-    numbers = (total, counts.total(), tokens.total())
-    yield f"{'in all':<20} " + " ".join(f"{value:>9}" for value in numbers) + "  tokens of the prompts are estimated"
-    for name, why in stream.left_out.items():
-        yield f"{name} is left out: {why}"
-    for name, digest in stream.decontamination.items():
-        yield f"held against {name} (sha256 {digest[:16]})"
-    for reason in reasons:
-        for drop in [drop for drop in stream.dropped if drop.reason == reason][:3]:
-            yield f"{reason}: {drop.stratum} {drop.text!a}: {drop.evidence[:160]!a}"
 
 
 def said(prompt: Prompt) -> str:

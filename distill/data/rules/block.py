@@ -20,12 +20,16 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from distill.data import records as kd
-from distill.data.budget import Prices
+from distill.data.episodes import Accepted
+from distill.data.journal import JOURNAL
 from distill.data.prompts.contamination import ContaminationIndex
 from distill.data.prompts.similarity import NearDuplicates
 from distill.data.rules import secrets
+from distill.data.rules.answers import Answers
 from distill.data.rules.files import STORE
+from distill.data.rules.header import prices_of, protocol_of
 from distill.data.rules.record import RULES
+from distill.data.rules.replay import Played
 from distill.data.rules.view import Context, View
 from distill.data.rules.whole import Tally, near_duplicate
 from distill.data.store.distributions import Distribution
@@ -54,8 +58,12 @@ class Done(NamedTuple):
     found: list[tuple[str, int, str]]
     broken: Counter[str]
     tally: Tally
-    malformed: tuple[int, str] | None
-    """Where the file stops being JSON lines, and why."""
+
+
+class _Line(NamedTuple):
+    number: int
+    record: kd.Record
+    raw: bytes
 
 
 class Checker:
@@ -63,24 +71,29 @@ class Checker:
 
     def __init__(self, path: Path, header: kd.Header, options: Options) -> None:
         self._header, self._options = header, options
-        self._deep = options.rules == "all"
+        self.deep = options.rules == "all"
         self.store: TopK | None = None
+        self.answers: Answers | None = None
         self.problems: list[tuple[str, str, str]] = []
         tokenizer = self._open("header", kd.sidecar(path) / "tokenizer.json", Tokenizer.from_file)
-        if self._deep:
+        if self.deep:
             self.store = self._open("distributions", kd.sidecar(path) / STORE, TopK)
-        evaluation = ContaminationIndex.load(options.eval_sets) if self._deep and options.eval_sets else None
-        self.context = Context(header, tokenizer, evaluation, _prices(header))
-        self._sketching = NearDuplicates(near_duplicate(header)) if self._deep else None
+            if (kd.sidecar(path) / JOURNAL).exists():
+                self.answers = self._opened("journal", kd.sidecar(path) / JOURNAL, Answers)
+        evaluation = ContaminationIndex.load(options.eval_sets) if self.deep and options.eval_sets else None
+        protocol = protocol_of(header) if self.deep else None
+        self.context = Context(header, tokenizer, evaluation, prices_of(header), protocol, self.answers)
+        self._sketching = NearDuplicates(near_duplicate(header)) if self.deep else None
         skipped_rules = {"personal_data"} if options.pii == "allow" else set()
         self._rules = [
             (name, rule.check) for name, rule in RULES.items()
-            if (rule.structural or self._deep) and name not in skipped_rules
+            if (rule.structural or self.deep) and name not in skipped_rules
         ]  # fmt: skip
 
     def _open(self, rule: str, file: Path, opener: Callable[[Path], Any]) -> Any:
-        if file.name not in self._header.files:
-            return None
+        return self._opened(rule, file, opener) if file.name in self._header.files else None
+
+    def _opened(self, rule: str, file: Path, opener: Callable[[Path], Any]) -> Any:
         try:
             return opener(file)
         except InputError as error:
@@ -94,19 +107,15 @@ class Checker:
 
     def _check(self, data: bytes) -> Done:
         lines = data.split(b"\n")
-        done = Done(len(lines) - 1, [], Counter(), Tally(self._sketching), self._cut_off(lines))
-        last = done.malformed[0] - 1 if done.malformed else len(lines) - 1
-        group: list[tuple[int, kd.Record]] = []
-        for number in range(1, last + 1):
+        done = Done(len(lines) - (not lines[-1]), [], Counter(), Tally(self._sketching))
+        if lines.pop():
+            self._note(done, "schema", done.lines, "the line is cut off")
+        group: list[_Line] = []
+        for number, line in enumerate(lines, 1):
             try:
-                record = _DECODER.decode(lines[number - 1])
+                group.append(_Line(number, _DECODER.decode(line), line))
             except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                if not _is_json(lines[number - 1]):
-                    done = done._replace(malformed=(number, str(error)))
-                    break
-                self._note(done, "schema", number, str(error))
-                continue
-            group.append((number, record))
+                self._note(done, "schema", number, _why_no_record(line, error))
             if len(group) == _GROUP:
                 self._check_group(group, done)
                 group = []
@@ -114,21 +123,26 @@ class Checker:
         done.tally.close()
         return done
 
-    def _check_group(self, group: list[tuple[int, kd.Record]], done: Done) -> None:
-        rows = [record.logprobs.row for _, record in group if record.logprobs] if self.store is not None else []
-        stored = self._take(rows)
-        for number, record in group:
+    def _check_group(self, group: list[_Line], done: Done) -> None:
+        if self.store is None:
+            stored = {}
+        else:
+            stored = self._take([line.record.logprobs.row for line in group if line.record.logprobs])
+        for line in group:
             try:
-                self._check_one(record, stored, number, done)
+                self._check_one(line, stored, done)
             except (ValueError, OverflowError, RecursionError) as error:
-                self._note(done, "schema", number, f"holds values that cannot be written as JSON again: {error}")
+                self._note(done, "schema", line.number, f"holds values that cannot be written as JSON again: {error}")
 
-    def _check_one(self, record: kd.Record, stored: dict[int, Distribution | str], number: int, done: Done) -> None:
-        view = View(record, self.context, stored.get(record.logprobs.row) if record.logprobs else None)
-        done.tally.see(record, view.tools, number)
+    def _check_one(self, line: _Line, stored: dict[int, Distribution | str], done: Done) -> None:
+        record = line.record
+        view = View(record, self.context, stored.get(record.logprobs.row) if record.logprobs else None, line.raw)
+        done.tally.see(record, view.tools, line.number)
         for name, check in self._rules:
             for what in check(view):
-                self._note(done, name, number, what)
+                self._note(done, name, line.number, what)
+        if self.answers is not None and isinstance(view.played, Played) and isinstance(view.played.end, Accepted):
+            done.tally.hear(view.played.end.replies)
 
     def _take(self, rows: list[int]) -> dict[int, Distribution | str]:
         if self.store is None or not rows:
@@ -151,13 +165,6 @@ class Checker:
         if done.broken[rule] <= MAX_FINDINGS:
             done.found.append((rule, line, withheld(what)))
 
-    @staticmethod
-    def _cut_off(lines: list[bytes]) -> tuple[int, str] | None:
-        blank = next((n for n, line in enumerate(lines[:-1], 1) if not line.strip()), None)
-        if blank is not None:
-            return blank, "the line is blank"
-        return (len(lines), "the line is cut off") if lines[-1] else None
-
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
@@ -172,22 +179,13 @@ def _uncollected() -> Iterator[None]:
 
 
 _DECODER = msgspec.json.Decoder(kd.Record)
+_TOO_LONG = b'"too long"'  # stands for a line that is not kept
 
 
-def _prices(header: kd.Header) -> Prices | None:
-    """The prices in a header's configuration, if they are some."""
-    try:
-        return msgspec.convert(header.config.get("prices"), Prices | None)
-    except (msgspec.ValidationError, ValueError):
-        return None
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        msgspec.json.decode(line)
-    except (msgspec.DecodeError, ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError
-        return False
-    return True
+def _why_no_record(line: bytes, error: Exception) -> str:
+    if not line.strip():
+        return "the line is blank"
+    return f"the line is longer than {kd.MAX_LINE >> 20} MiB" if line == _TOO_LONG else str(error)
 
 
 def withheld(what: str) -> str:
@@ -236,21 +234,26 @@ def _check(block: bytes) -> Done:
 
 
 def _blocks(path: Path, digest: Any) -> Iterator[bytes]:
-    """The file in pieces that end with a line. DatasetError of a line that is absurdly long."""
-    rest = b""
+    """The file in pieces that end with a line. Of a line that is absurdly long, only that it was there is kept."""
+    rest, skipping = b"", False
     try:
         with open(path, "rb") as file:
             while data := file.read(BLOCK):
                 digest.update(data)
+                if skipping:
+                    _, newline, data = data.partition(b"\n")
+                    if not newline:
+                        continue
+                    yield _TOO_LONG + b"\n"
+                    skipping = False
                 end = data.rfind(b"\n") + 1
-                if not end:
-                    rest += data
-                    if len(rest) > kd.MAX_LINE:
-                        raise DatasetError(f"{path}: a line is longer than {kd.MAX_LINE >> 20} MiB")
-                    continue
-                yield rest + data[:end]
-                rest = data[end:]
+                if end:
+                    yield rest + data[:end]
+                    rest = b""
+                rest += data[end:]
+                if len(rest) > kd.MAX_LINE:
+                    rest, skipping = b"", True
     except OSError as error:
         raise DatasetError(f"cannot read dataset {describe_os_error(error, path)}") from error
-    if rest:
-        yield rest
+    if rest or skipping:
+        yield _TOO_LONG if skipping else rest

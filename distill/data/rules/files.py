@@ -1,30 +1,28 @@
-"""Rules about the files of a dataset: the header and what it says of the others, the store, rejects, costs."""
+"""Rules about the files beside a dataset: that they are there, the store, rejects, the report, costs."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from distill import chat
-from distill.artifacts import canonical_json, sha256_file
+from distill.artifacts import canonical_json, require_regular, sha256_file
 from distill.data import records as kd
 from distill.data.budget import UNIT
 from distill.data.episodes import REJECTS
-from distill.data.journal import damage, read_ledger, totals
+from distill.data.journal import JOURNAL, damage, read_ledger, totals
+from distill.data.rules import secrets
+from distill.data.rules.view import strings
 from distill.data.rules.whole import Whole, is_cost
-from distill.data.schema import run_id_of
 from distill.data.store.store import TopK
 from distill.errors import InputError
-from distill.tokenizer import Tokenizer
 
-STORE, REJECTED, LEDGER = "logprobs.safetensors", "rejects.jsonl", "journal.sqlite"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+STORE, REJECTED, REPORT, LEDGER = "logprobs.safetensors", "rejects.jsonl", "report.json", JOURNAL
 
 
 def file_problems(path: Path, header: kd.Header, records_sha256: str) -> Iterator[str]:
@@ -35,53 +33,12 @@ def file_problems(path: Path, header: kd.Header, records_sha256: str) -> Iterato
             yield f"{file.name} is missing"
         elif (records_sha256 if name == "records" else sha256_file(file)) != digest:
             yield f"the sha256 of {file.name} is not the one listed"
-    wanted = ["records", REJECTED] + [STORE] * (header.logprobs is not None)
-    wanted += ["tokenizer.json"] * (header.tokenizer_sha256 is not None)
-    for name in wanted:
-        if name not in header.files:
-            yield f"{name} is not listed"
-
-
-def header_problems(header: kd.Header, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Everything that must be known is stated, and what can be made again is equal."""
-    hashes = {name: getattr(header, name) for name in header.__struct_fields__ if name.endswith("_sha256")}
-    hashes |= {f"files.{name}": digest for name, digest in header.files.items()}
-    hashes |= {f"decontamination.{name}": digest for name, digest in header.decontamination.items()}
-    hashes["teacher.weights_sha256"] = header.teacher.weights_sha256
-    for name, digest in hashes.items():
-        if digest is not None and not _SHA256.fullmatch(digest):
-            yield f"{name} is not a sha256"
-    for name in ("package", "version", "code"):
-        if not header.created_by.get(name):
-            yield f"created_by lacks {name}"
-    if header.run_id != run_id_of(header):
-        yield "run_id is not that of configuration, sampling, teacher, tokenizer and template"
-    teacher = header.teacher
-    wanted = {
-        "host": teacher.kind == "endpoint", "weights_sha256": teacher.kind in ("gguf", "hf"), "model": True,
-        "logits_engine": header.logprobs is not None and teacher.kind != "endpoint", "text_engine": True,
-    }  # fmt: skip
-    for name, needed in wanted.items():
-        if needed and not getattr(teacher, name):
-            yield f"teacher lacks {name}"
-    if header.template_sha256 != chat.template_sha256():
-        yield "template_sha256 is not that of this version's chat template"
-    if header.logprobs is not None and header.tokenizer_sha256 is None:
-        yield "tokenizer_sha256 is null, though there are distributions"
-    if tokenizer is not None and header.tokenizer_sha256 != tokenizer.sha256:
-        yield "tokenizer_sha256 is not that of tokenizer.json"
-    if header.text_only != (header.logprobs is None):
-        yield "text_only is not what logprobs says"
-
-
-def total_problems(header: kd.Header, whole: Whole, rejected: int) -> Iterator[str]:
-    """The header's counts, and the hash of the ids, are those of the records."""
-    counts = whole.counts | {"rejected": rejected}
-    wrong = {name: n for name, n in counts.items() if header.counts.get(name) != n}
-    if wrong:
-        yield f"counts differ from the files': {wrong}"
-    if header.prompts_sha256 != whole.prompts_sha256:
-        yield "prompts_sha256 is not that of the records' ids"
+    absent = {"header.json"}  # it cannot hold its own
+    absent |= {STORE} if header.logprobs is None else set()
+    absent |= {"tokenizer.json"} if header.tokenizer_sha256 is None else set()
+    for name in ("records", *kd.SIDECAR_FILES):
+        if (name in header.files) == (name in absent):
+            yield f"{name} is {'' if name in absent else 'not '}listed"
 
 
 def store_problems(store: TopK, header: kd.Header) -> Iterator[str]:
@@ -109,40 +66,112 @@ class Rejects(NamedTuple):
 
     lines: int
     cost: Decimal | None
-    problems: list[tuple[int, str]]
-    """Line and problem."""
+    rows: list[Reject]
+    problems: list[tuple[str, int, str]]
+    """Rule, line and problem."""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How often each reason occurs."""
+        return Counter(row.reason for row in self.rows)
 
 
-class _Reject(msgspec.Struct):
+class Reject(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of rejects.jsonl."""
+
     id: str = ""
+    stratum: str = ""
     reason: str = ""
+    detail: str = ""
     cost_usd: Decimal | None = None
 
 
-def read_rejects(path: Path) -> Rejects:
-    """Every reject has an id and a reason of the list."""
-    problems: list[tuple[int, str]] = []
-    lines, cost = 0, None
-    if not path.is_file() or not path.stat().st_size:
-        return Rejects(0, None, [])
-    for line, raw in kd.read_lines(path):
-        lines += 1
+_REJECT = msgspec.json.Decoder(Reject)
+
+
+def read_rejects(path: Path, strata: Container[str]) -> Rejects:
+    """Every reject has an id of its own, a stratum of the list and a reason of the list."""
+    found = Rejects(0, None, [], [])
+    seen: set[str] = set()
+    if not path.is_file():
+        return found
+    for line, raw in enumerate(_lines(path), 1):
+        found = found._replace(lines=line)
         try:
-            reject = msgspec.json.decode(raw, type=_Reject)
+            if not raw.endswith(b"\n"):
+                raise ValueError("the line is cut off" if len(raw) <= kd.MAX_LINE else "the line is too long")
+            reject = _REJECT.decode(raw)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            problems.append((line, f"not a reject: {error}"))
+            found.problems.append(("rejects", line, f"not a reject: {error}"))
             continue
-        if not reject.id:
-            problems.append((line, "lacks an id"))
-        if reject.reason not in REJECTS:
-            problems.append(
-                (line, f"reason {reject.reason[:40]!r} is not one of the list" if reject.reason else "lacks a reason")
-            )
-        if reject.cost_usd is not None and not is_cost(reject.cost_usd):
-            problems.append((line, "its cost is not an amount"))
-        elif reject.cost_usd is not None:
-            cost = (cost or Decimal()) + reject.cost_usd
-    return Rejects(lines, cost, problems)
+        found.rows.append(reject)
+        found.problems.extend(("rejects", line, what) for what in _reject_problems(reject, seen, strata))
+        if kind := secrets.secret_in(raw.decode()) or secrets.secret_in("\n".join((reject.id, reject.detail))):
+            found.problems.append(("secrets", line, f"holds what looks like a secret ({kind})"))
+        seen.add(reject.id)
+        if reject.cost_usd is not None and is_cost(reject.cost_usd):
+            found = found._replace(cost=(found.cost or Decimal()) + reject.cost_usd)
+    return found
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines with their ends, each no longer than one may be; of a longer one its beginning."""
+    require_regular(path)
+    with open(path, "rb") as file:
+        while line := file.readline(kd.MAX_LINE + 1):
+            yield line
+            while line and not line.endswith(b"\n"):
+                line = file.readline(kd.MAX_LINE + 1)
+
+
+def _reject_problems(reject: Reject, seen: Container[str], strata: Container[str]) -> Iterator[str]:
+    if not reject.id:
+        yield "lacks an id"
+    elif reject.id in seen:
+        yield "its id is that of an earlier reject"
+    if reject.reason not in REJECTS:
+        yield f"reason {reject.reason[:40]!r} is not one of the list" if reject.reason else "lacks a reason"
+    if strata and reject.stratum not in strata:
+        yield f"stratum {reject.stratum[:40]!r} has no quota"
+    if reject.cost_usd is not None and not is_cost(reject.cost_usd):
+        yield "its cost is not an amount"
+
+
+def report_problems(path: Path, header: kd.Header, whole: Whole, rejects: Rejects) -> Iterator[tuple[str, str]]:
+    """report.json says of the set what the set is. Rule and problem."""
+    if not path.is_file():
+        return  # `files` says so
+    require_regular(path)
+    with open(path, "rb") as file:
+        raw = file.read(kd.MAX_LINE + 1)
+    try:
+        report = msgspec.json.decode(raw, type=dict[str, Any])
+        text = raw.decode()
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        yield "header", f"not a report: {error}"
+        return
+    if kind := secrets.secret_in(text) or secrets.secret_in("\n".join(strings(report))):
+        yield "secrets", f"holds what looks like a secret ({kind})"
+    stated = {
+        "run_id": header.run_id, "counts": header.counts, "cost_usd": header.cost_usd,
+        "rejected": dict(rejects.reasons), "unaligned_logprobs": whole.without_rows if header.logprobs else 0,
+    }  # fmt: skip
+    generated = header.teacher.kind != "toy"
+    for name, value in stated.items():
+        if (generated or name in report) and not _same(report.get(name), value):
+            yield "header", f"its {name} is not that of the set"
+    strata = report.get("strata")
+    rows = strata.items() if isinstance(strata, dict) else ()
+    counted = {name: row.get("records") for name, row in rows if isinstance(row, dict)}
+    if {name: n for name, n in counted.items() if n} != dict(whole.strata):
+        yield "header", "its strata are not those of the records"
+
+
+def _same(stated: Any, value: Any) -> bool:
+    """Equal as JSON: an amount is a number there."""
+    if isinstance(value, Decimal):
+        return isinstance(stated, int | float) and float(value) == stated
+    return bool(stated == value)
 
 
 def cost_problems(path: Path, header: kd.Header, accepted: Decimal | None, rejected: Decimal | None) -> Iterator[str]:

@@ -5,25 +5,23 @@ Structural rules look at a record's parts alone; the others render it, read its 
 
 from __future__ import annotations
 
-import itertools
-import re
-import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
 
-from distill import chat
 from distill.broker import fixture_sha256
 from distill.data.budget import dollars
-from distill.data.episodes import reply_sha256
-from distill.data.rules import secrets
+from distill.data.episodes import Rejected, reply_sha256
+from distill.data.rules import texts
+from distill.data.rules.header import SHA256
+from distill.data.rules.replay import Played, cost_of, differences
 from distill.data.rules.view import View
 from distill.data.rules.whole import is_cost
 from distill.data.schema import Call, split_of
 from distill.data.store.distributions import Distribution, same_tokens
-from distill.data.teacher.wire import Reply, leak_of
+from distill.data.teacher.wire import Reply
 from distill.tokenizer import CALL_END, CALL_START
 from distill.tools import arguments_checker
 
@@ -50,6 +48,17 @@ def _split(view: View) -> Iterator[str]:
         yield f"split {view.record.split} is not what its id gives"
 
 
+def _ids(view: View) -> Iterator[str]:
+    """A generated record's id is its stratum and the hash of its prompt."""
+    record = view.record
+    if view.context.header.teacher.kind == "toy":
+        return
+    if not record.id.startswith(f"{record.stratum}-"):
+        yield "its id does not begin with its stratum"
+    elif view.context.protocol is not None and view.prompt is None:
+        yield "its id is not the hash of what was asked"
+
+
 _FOLLOWS = {"start": {"system", "user"}, "system": {"user"}, "user": {"assistant"}, "assistant": {"user"},
             "call": {"tool"}, "answered": {"assistant"}}  # fmt: skip
 _ORIGINS = {"system": ("dataset",), "user": ("dataset",), "assistant": ("dataset", "teacher"),
@@ -66,6 +75,8 @@ def _roles(view: View) -> Iterator[str]:
             return
         if turn.origin not in _ORIGINS[turn.role]:
             yield f"messages[{index}]: a {turn.role} turn cannot be the {turn.origin}'s"
+        if not (turn.tool_calls or turn.content.strip()):
+            yield f"messages[{index}]: the {turn.role} turn is empty"
         if turn.role == "tool":
             call = waiting.pop(0)
             if turn.tool_call_id != call.id:
@@ -129,14 +140,10 @@ def _functions(tools: bytes) -> dict[str, Callable[[dict[str, Any]], str | None]
 def _loss(view: View) -> Iterator[str]:
     """Only what the teacher wrote is learned."""
     turns = view.record.messages
-    size = view.record.render.n_chars if view.record.render else sys.maxsize
     teachers = {index for index, _ in view.teachers}
     for number, target in enumerate(view.record.targets):
-        start, end = target.char
         if target.msg not in teachers:
             yield f"targets[{number}] is on messages[{target.msg}], which the teacher did not write"
-        elif not 0 <= start < end <= size:
-            yield f"targets[{number}] is empty, reversed or outside the rendered text"
         elif target.source and not (0 <= target.source.msg < target.msg and turns[target.source.msg].role == "tool"):
             yield f"targets[{number}]: its source is not an earlier tool's result"
 
@@ -145,6 +152,11 @@ def _spans(view: View) -> Iterator[str]:
     """The targets are those of the rendered text, and their characters, bytes and tokens agree."""
     if isinstance(view.layout, str) or next(_loss(view), None):
         return  # `render` or `loss` says so
+    size = view.layout.rendered.n_chars
+    for number, target in enumerate(view.record.targets):
+        if not 0 <= target.char[0] < target.char[1] <= size:
+            yield f"targets[{number}] is empty, reversed or outside the rendered text"
+            return
     found, expected = view.record.targets, view.layout.targets
     if found == expected:
         return
@@ -172,6 +184,8 @@ def _render(view: View) -> Iterator[str]:
 def _distributions(view: View) -> Iterator[str]:
     ref, item = view.record.logprobs, view.stored
     if ref is None:
+        if view.context.header.logprobs and view.context.header.teacher.logits_engine:
+            yield "has no distributions, though the teacher's logits gave one for each token"
         return
     if view.context.header.logprobs is None:
         yield "logprobs is set, but the dataset has no distributions"
@@ -185,21 +199,6 @@ def _distributions(view: View) -> Iterator[str]:
         yield "the tokens of its distributions are not those that the teacher wrote"
 
 
-_LOST = re.compile("[\ufffd\ud800-\udfff]")
-
-
-def _bytes(view: View) -> Iterator[str]:
-    """The teacher's text came through undamaged, and what is unusual about its lines is flagged."""
-    record = view.record
-    for index, turn in view.teachers:
-        for text in (turn.content, turn.reasoning):
-            if "\x00" in text or (not text.isascii() and _LOST.search(text)):
-                yield f"messages[{index}] holds characters that stand for lost bytes"
-    returns = any("\r" in turn.content for turn in record.messages)
-    if returns != ("crlf" in record.flags):
-        yield "holds carriage returns, which flags does not say" if returns else "is flagged crlf and holds none"
-
-
 def _costs(view: View) -> Iterator[str]:
     """What a record says it took is possible; whether it sums up, files.py says."""
     cost, usage = view.record.cost_usd, view.record.usage
@@ -209,51 +208,13 @@ def _costs(view: View) -> Iterator[str]:
         yield "its usage is impossible: parts are more than their whole"
     elif usage and cost is not None and (prices := view.context.prices) and dollars(prices.cost(usage)) != cost:
         yield f"its usage costs {dollars(prices.cost(usage))} USD by the configuration's prices, it says {cost}"
-
-
-def _leak(view: View) -> Iterator[str]:
-    """No call or control markup of another template is left in what the teacher wrote; for ours, see `calls`."""
-    for index, turn in view.teachers:
-        if family := _family(turn.content, turn.reasoning):
-            yield f"messages[{index}] holds {family} markup"
-    if view.record.reasoning and (family := _family("", view.record.reasoning)):
-        yield f"its reasoning holds {family} markup"
-
-
-def _family(content: str, reasoning: str) -> str | None:
-    if not any(mark in text for text in (content, reasoning) for mark in "<["):
-        return None
-    family = leak_of(Reply(content, reasoning, (), None, None, "", "", None))
-    return None if family == "tool_call" else family
-
-
-def _secrets(view: View) -> Iterator[str]:
-    if not secrets.secret_in(view.text):
-        return
-    for place, text in view.texts:
-        if kind := secrets.secret_in(text):
-            yield f"{place} holds what looks like a secret ({kind})"
-
-
-def _personal_data(view: View) -> Iterator[str]:
-    if not secrets.personal_in(view.text):
-        return
-    for place, text in view.texts:
-        for kind, n in secrets.personal_in(text).items():
-            yield f"{place} holds what looks like personal data ({kind}, {n})"
-
-
-def _contamination(view: View) -> Iterator[str]:
-    """No run of words of an evaluation set in any text of a record, each by itself: joined, a short one is missed."""
-    if view.context.evaluation is None:
-        return
-    record = view.record
-    texts = {record.ground_truth or "", record.reasoning or ""}
-    for turn in record.messages:
-        texts |= {turn.content, turn.reasoning, *(chat.call_text(call) for call in turn.tool_calls)}
-    hits = (hit for text in sorted(texts) if text for hit in view.context.evaluation.hits(text, limit=3))
-    for hit in itertools.islice(hits, 3):
-        yield f"shares {hit.ngram!r} with {hit.item} of {hit.set}"
+    elif (
+        cost is not None
+        and view.context.answers
+        and isinstance(view.played, Played)
+        and cost_of(view.played) not in (None, cost)
+    ):
+        yield f"the ledger settled {cost_of(view.played)} USD for its answers, it says {cost}"
 
 
 def _provenance(view: View) -> Iterator[str]:
@@ -274,6 +235,8 @@ def _provenance(view: View) -> Iterator[str]:
         if len(getattr(stated, name)) != n:
             yield f"provenance has {len(getattr(stated, name))} {name}, the conversation {n}"
             return
+        if not all(map(SHA256.fullmatch, getattr(stated, name))):
+            yield f"provenance's {name} holds what is no sha256"
     calls = [call for _, turn in view.teachers for call in turn.tool_calls]
     for number, (call, turn, digest) in enumerate(zip(calls, results, stated.fixture_sha256)):
         if fixture_sha256(call, turn.content) != digest:
@@ -283,6 +246,21 @@ def _provenance(view: View) -> Iterator[str]:
         said = Reply(last.content, record.reasoning, (), last.finish_reason, None, "", "", None)
         if reply_sha256(said) != stated.response_sha256[-1]:
             yield "the last turn is not the answer that its hash names"
+    if view.told is not None:
+        for number, (made, digest) in enumerate(zip(view.told.requests, stated.request_sha256)):
+            if made != digest:
+                yield f"request {number} is not the one that its hash names"
+                break
+        if isinstance(view.told.end, Rejected):
+            yield f"generation would have rejected it ({view.told.end.reason})"
+
+
+def _journal(view: View) -> Iterator[str]:
+    """The record is what the journal's answers make of its prompt."""
+    if isinstance(view.played, str):
+        yield view.played
+    elif view.played is not None:
+        yield from differences(view.record, view.played)
 
 
 def _finish(view: View) -> Iterator[str]:
@@ -306,6 +284,7 @@ def _licence(view: View) -> Iterator[str]:
 
 RULES: dict[str, Rule] = {
     "run_id": Rule(_run_id),
+    "ids": Rule(_ids),
     "split": Rule(_split),
     "roles": Rule(_roles),
     "calls": Rule(_calls),
@@ -313,15 +292,16 @@ RULES: dict[str, Rule] = {
     "loss": Rule(_loss),
     "finish": Rule(_finish),
     "licence": Rule(_licence),
-    "bytes": Rule(_bytes),
+    "bytes": Rule(texts.bytes_problems),
     "costs": Rule(_costs),
-    "leak": Rule(_leak),
+    "leak": Rule(texts.leak_problems),
     "provenance": Rule(_provenance, structural=False),
+    "journal": Rule(_journal, structural=False),
     "spans": Rule(_spans, structural=False),
     "render": Rule(_render, structural=False),
     "distributions": Rule(_distributions, structural=False),
-    "secrets": Rule(_secrets, structural=False),
-    "personal_data": Rule(_personal_data, structural=False),
-    "contamination": Rule(_contamination, structural=False),
+    "secrets": Rule(texts.secrets_problems, structural=False),
+    "personal_data": Rule(texts.personal_data_problems, structural=False),
+    "contamination": Rule(texts.contamination_problems, structural=False),
 }
 """By name, in the order of their cost."""

@@ -68,6 +68,30 @@ def _has_digit(text: str) -> bool:
     return any(map(str.isdigit, text))
 
 
+_PLACEHOLDER = re.compile(
+    r"(?:your|my|the|new|old|some|super|strong|db|user|username|root|admin|test|example|dummy|fake|sample|secure|secret|"
+    r"pass|password|passwd|pwd|passphrase|passcode|key|token|api|here|change|me|value|string|foo|bar|baz|x)*"
+)
+_NO_SECRET = re.compile(
+    r"(?:sha|md|base|utf|u?int|float|str|char|varchar|bcrypt|argon|pbkdf|aes|hmac|step|part|v)[-_]?\d+[a-z]{0,2}"
+)
+
+
+def _assigned(text: str) -> bool:
+    """Whether what is given to a name such as `password` can be one: letters and digits, no type, placeholder or
+    expression of code."""
+    value = re.split(r"(?::=|=>|[:=])\*{0,2}", text, maxsplit=1)[1].strip()
+    quoted, value = value[:1] in "\"'`", value.strip("\"'`")
+    lower = value.lower()
+    if not (any(map(str.isdigit, value)) and any(map(str.isalpha, value))) or _NO_SECRET.fullmatch(lower):
+        return False
+    if not quoted and re.match(r"[.~]?/", value):
+        return False  # a path: PWD is a folder, too
+    if not quoted and re.fullmatch(r"[A-Za-z_]\w*(?:[._]\w+)+", value):
+        return False  # a variable
+    return not _PLACEHOLDER.fullmatch(re.sub(r"[^a-z]", "", lower))
+
+
 _SHORTEST_KEY = 8
 _KEY = r"(?<![A-Za-z0-9_-])"
 SECRETS: dict[str, Detector] = {
@@ -98,6 +122,30 @@ SECRETS: dict[str, Detector] = {
     "bearer token": Detector(("earer ",), re.compile(r"\b[Bb]earer [A-Za-z0-9._~+/=-]{20,}"), _has_digit),
     "password in a URL": Detector(
         ("://",), re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>{}]{1,64}:[^\s/:@\"'<>{}]{3,64}@[A-Za-z0-9\[]")
+    ),
+    "AWS secret key": Detector(
+        ("ecret", "ECRET"),
+        re.compile(
+            r"(?i:aws_?secret_?(?:access_?)?key|secret_?access_?key)[\"'`]?\s{0,4}(?::=|=>|[:=])\s{0,4}[\"'`]?"
+            r"[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"
+        ),
+    ),
+    "password": Detector(
+        ("assword", "ASSWORD", "asswd", "ASSWD", "assphrase", "ASSPHRASE", "asscode", "pwd", "PWD"),
+        re.compile(
+            r"(?i:passwor[dt]|passwd|passphrase|passcode|pwd)[\"'`]?(?:\s(?:is|was))?\*{0,2}\s{0,4}(?::=|=>|[:=])\*{0,2}\s{0,4}"
+            r"(?:[\"'`][^\s\"'`<>{}$\\]{6,64}[\"'`]|[^\s\"'`<>(){}\[\]$|,;\\]{6,64}(?![\w(\[]))"
+        ),
+        _assigned,
+    ),
+    "assigned key": Detector(
+        ("ecret", "ECRET", "oken", "OKEN", "pi_key", "PI_KEY", "pi-key", "pikey", "piKey", "ccess_key", "ACCESS_KEY"),
+        re.compile(
+            r"(?i:secret|secret[_-]?key|(?:auth|access|api|refresh|bearer)[_-]?token|api[_-]?key|access[_-]?key)"
+            r"[\"'`]?\s{0,4}(?::=|=>|[:=])\s{0,4}"
+            r"(?:[\"'`][A-Za-z0-9/+=_.-]{16,200}[\"'`]|[A-Za-z0-9/+=_-]{16,200}(?![\w(\[.]))"
+        ),
+        _assigned,
     ),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.prompts.similarity import NearDuplicates, Sketch
-from distill.data.schema import Header, Record
+from distill.data.schema import Header, Record, tools_sha256
+from distill.data.teacher.wire import Reply
 
 NEAR_DUPLICATE = 0.8
 SPREAD = 4.0
@@ -34,6 +35,7 @@ class Tally:
     """What is kept of the records of a block."""
 
     def __init__(self, sketching: NearDuplicates | None = None) -> None:
+        """`sketching`: where prompts are compared; with it, the tools are kept too."""
         self.lines: list[int] = []
         self.ids: list[str] = []
         self.digests: list[bytes] = []
@@ -47,6 +49,10 @@ class Tally:
         self.foreign: list[int] = []
         """Lines whose answer is in another script than the question."""
         self.sketches: list[Sketch] = []
+        self.tools: set[bytes] = set()
+        self.models: set[str] = set()
+        """What the journal's answers call their model, and their system fingerprints."""
+        self.system_fingerprints: set[str] = set()
         self._sketching, self._prompts = sketching, list[str]()
 
     def see(self, record: Record, tools: bytes, line: int) -> None:
@@ -55,7 +61,7 @@ class Tally:
         answer.update(msgspec.json.encode(record.context))
         asked = answer.digest()[:8]
         answer.update(record.teacher_text.encode("utf-8", "surrogatepass"))
-        named = hashlib.sha256(record.id.encode("utf-8", "surrogatepass")).digest()[:8]
+        named = id_digest(record.id)
         self.digests.append(named + answer.digest()[:8] + asked)
         self.lines.append(line)
         self.ids.append(record.id)
@@ -66,10 +72,17 @@ class Tally:
         if record.cost_usd is not None and is_cost(record.cost_usd):
             self.cost = (self.cost or Decimal()) + record.cost_usd
         if self._sketching is not None:
+            self.tools.update(map(msgspec.json.encode, record.tools))
             # as distill/data/prompts/stream.py compares prompts
             self._prompts.append("\n".join(turn.content for turn in record.messages if turn.role == "user"))
             if not (record.teacher_text.isascii() and record.prompt.isascii()) and _foreign(record):
                 self.foreign.append(line)
+
+    def hear(self, replies: Iterable[Reply]) -> None:
+        """Keep who a record's answers say they are from."""
+        for reply in replies:
+            self.models |= {reply.model} - {""}
+            self.system_fingerprints |= {reply.system_fingerprint} - {""}
 
     def shift(self, lines: int) -> None:
         """Count lines from the beginning of the file, of which so many come before."""
@@ -82,6 +95,11 @@ class Tally:
             self.sketches = self._sketching.sketch(self._prompts)
         self._sketching, self._prompts = None, []
         return self
+
+
+def id_digest(identity: str) -> bytes:
+    """What is kept of an id."""
+    return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()[:8]
 
 
 def is_cost(cost: Decimal) -> bool:
@@ -111,6 +129,9 @@ class Whole:
         self._near = {split: NearDuplicates(near_duplicate(header)) for split in (False, True)}
         self._prompts = hashlib.sha256()
         self._foreign: list[int] = []
+        self._tools: set[bytes] = set()
+        self.models: set[str] = set()
+        self.system_fingerprints: set[str] = set()
         self.strata: Counter[str] = Counter()
         self.cost: Decimal | None = None
 
@@ -125,6 +146,9 @@ class Whole:
         self._rows.append(np.array(tally.rows))
         self._lengths.append(np.array(tally.lengths))
         self._foreign += tally.foreign
+        self._tools |= tally.tools
+        self.models |= tally.models
+        self.system_fingerprints |= tally.system_fingerprints
         self.strata += tally.strata
         if tally.cost is not None:
             self.cost = (self.cost or Decimal()) + tally.cost
@@ -147,9 +171,31 @@ class Whole:
         return self._prompts.hexdigest()
 
     @property
-    def rows_used(self) -> int:
-        """Rows of the store that a record names."""
-        return len(np.unique([row for part in self._rows for row in part[part >= 0]]))
+    def tools_sha256(self) -> str | None:
+        """Of all tools offered, as the header states it."""
+        return tools_sha256(self._tools)
+
+    @property
+    def without_rows(self) -> int:
+        """Records that have no distributions."""
+        return sum(int((part < 0).sum()) for part in self._rows)
+
+    def unused(self, rows: int) -> Iterator[str]:
+        """Rows of a store of so many that no record names."""
+        named = np.unique(np.concatenate(self._rows)) if self._rows else np.empty(0, np.int64)
+        missing = np.setdiff1d(np.arange(rows), named)
+        if missing.size:
+            yield f"no record names {missing.size} of its {rows} rows; the first is row {missing[0]}"
+
+    @property
+    def id_digests(self) -> NDArray[np.uint64]:
+        """Of each record's id, in order, as `id_digest` makes it."""
+        return np.concatenate(self._digests)[:, 0] if self._digests else np.empty(0, np.uint64)
+
+    @property
+    def lines(self) -> NDArray[np.int64]:
+        """Of each record, in order, its line."""
+        return np.concatenate(self._lines) if self._lines else np.empty(0, np.int64)
 
     def finish(self) -> Iterator[Clash]:
         """What is wrong with the records taken together."""
@@ -169,6 +215,14 @@ class Whole:
         for again, first in _repeats(rows[used]):
             what = f"row {rows[used[again]]} is that of line {lines[used[first]]}"
             yield Clash("distributions", int(lines[used[again]]), what)
+        for place in np.flatnonzero(np.diff(rows[used]) < 0)[:1]:
+            yield Clash("distributions", int(lines[used[place + 1]]), "its row stands before that of the record before")
+
+    def among(self, rejects: Iterable[str]) -> Iterator[Clash]:
+        """Records whose id is also that of a reject."""
+        theirs = np.frombuffer(b"".join(map(id_digest, rejects)), "<u8")
+        for place in np.flatnonzero(np.isin(self.id_digests, theirs)):
+            yield Clash("ids", int(self.lines[place]), "its id is that of a reject, too")
 
     def quota_problems(self) -> Iterator[str]:
         """Strata with more or fewer records than the header wants."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from distill.data.teacher.wire import LARGEST_BODY, ReplyError, WireCall, WireFunction, WireMessage, one_line
+from distill.data.teacher.wire import BOM, LARGEST_BODY, ReplyError, WireCall, WireFunction, WireMessage, one_line
 
 
 class _Piece(msgspec.Struct):
@@ -51,6 +51,7 @@ class StreamReader:
         self._event: list[bytes] = []
         self._size = 0
         self._done = False
+        self._first = True
         self._top: dict[str, Any] = {}
         self._usage = msgspec.Raw()
         self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": [], "text": []}
@@ -102,6 +103,8 @@ class StreamReader:
         return msgspec.json.encode(body)
 
     def _read_line(self, line: bytes) -> None:
+        if self._first:
+            self._first, line = False, line.removeprefix(BOM)
         if line.startswith(b"data:"):
             self._event.append(line[5:].removeprefix(b" "))
         elif not line and self._event:

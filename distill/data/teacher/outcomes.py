@@ -3,7 +3,7 @@
 |exchange|outcome|of the reservation|
 |---|---|---|
 |200 with an answer|answer|settle; keep where the server does not say what it used|
-|200 that is malformed or breaks off|retry|keep: it may have been generated|
+|200 that is malformed (MALFORMED) or breaks off|retry|keep: it may have been generated|
 |200 that holds an error|as its code says, else retry|keep|
 |no answer to a request that was sent; 408, 499, 502, 504, 520, 524|retry|keep|
 |nothing was sent|retry|release|
@@ -28,6 +28,8 @@ from distill.data.teacher.wire import Exchange, Reply, ReplyError, read_reply
 
 LONGEST_WAIT = 1800.0
 """Seconds; whoever asks for more has put up a wall, and the run pauses."""
+MALFORMED = "malformed answer"
+"""How the detail of a whole answer that cannot be read begins."""
 Kind = Literal["answer", "retry", "cooldown", "quota", "refused", "dead"]
 Charge = Literal["settle", "release", "keep"]
 _LARGEST_ERROR = 1 << 20
@@ -77,7 +79,7 @@ def judge(exchange: Exchange, now: float) -> Outcome:
             try:
                 reply = read_reply(exchange.body)
             except ReplyError as unusable:
-                problem, error = f"malformed answer: {unusable}", _error_instead(exchange.body)
+                problem, error = f"{MALFORMED}: {unusable}", _error_instead(exchange.body)
             else:
                 return Outcome("answer", None, "keep" if reply.usage is None else "settle", "", reply)
         if error is None or not error.text:

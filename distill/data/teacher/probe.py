@@ -24,15 +24,12 @@ _LONG_THOUGHT = 2048
 MOST_LOGPROBS = 20
 """Alternatives a token that are asked for: what most servers allow at most."""
 _QUESTION = "Use get_weather to look up the weather in Paris and in Oslo. Make both calls at once."
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a city now.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather in a city now.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
-_PROMPT = "The capital of France is"
+"""The tool that a teacher is asked to call."""
 
 
 class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,7 +53,14 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Whether answers are numbered, so that one given twice is seen."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     notes: tuple[str, ...] = ()
-    """What was refused or missing, one line each."""
+    """What was missing or odd, one line each."""
+    refusals: dict[str, str] = {}
+    """What was refused, and the server's words for it, which may differ each time."""
+
+    def facts(self) -> dict[str, Any]:
+        """All but the words of a server: what a dataset may depend on."""
+        refused = tuple(f"{what}: refused" for what in self.refusals)
+        return msgspec.to_builtins(msgspec.structs.replace(self, notes=self.notes + refused, refusals={}))
 
     def lines(self) -> list[str]:
         """A few plain lines for people."""
@@ -74,6 +78,7 @@ class Capabilities(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             f"distributions: {found if self.top_logprobs else 'none: text only'}",
             f"usage: {'counted by the server' if self.usage else 'not told: every answer counts at its largest'}",
             *self.notes,
+            *(f"{what}: refused ({words})" for what, words in self.refusals.items()),
         ]
 
 
@@ -83,6 +88,12 @@ class _Ask(NamedTuple):
     tools: bool = False
     logprobs: bool = False
     stream: bool = False
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        named = (("a stream", self.stream), ("tools", self.tools), ("log-probabilities", self.logprobs))
+        return " with ".join(name for name, on in named if on) or "a plain question"
 
 
 class _Seen(NamedTuple):
@@ -103,25 +114,28 @@ class _Seen(NamedTuple):
         return self.reply is not None and self.reply.finish == "length" and not self.reply.calls
 
     @property
+    def doubtful(self) -> bool:
+        """Whether it lacks what most servers tell with every answer."""
+        return self.reply is not None and (self.reply.usage is None or "bad_logprobs" in self.reply.flags)
+
+    @property
     def n_calls(self) -> int:
         return len(self.reply.calls) if self.reply else 0
 
 
-async def probe(
-    post: Callable[[dict[str, Any], bool], Awaitable[Exchange]], model: str, *, raw: bool = False
-) -> Capabilities:
+async def probe(post: Callable[[dict[str, Any], bool], Awaitable[Exchange]], model: str) -> Capabilities:
     """Ask at most MOST_CALLS times through `post(body, stream)`, which retries what may pass and keeps the ledger.
 
-    `raw`: text completions instead of chat. InputError where not even a plain answer comes.
+    InputError where not even a plain answer comes.
     """
-    prober = _Prober(post, model, raw)
+    prober = _Prober(post, model)
     await prober.run()
     return prober.capabilities()
 
 
 class _Prober:
-    def __init__(self, post: Callable[[dict[str, Any], bool], Awaitable[Exchange]], model: str, raw: bool) -> None:
-        self._post, self._model, self._raw = post, model, raw
+    def __init__(self, post: Callable[[dict[str, Any], bool], Awaitable[Exchange]], model: str) -> None:
+        self._post, self._model = post, model
         self._left = MOST_CALLS
         self._most = MOST_TOKENS
         self._k = MOST_LOGPROBS
@@ -132,11 +146,11 @@ class _Prober:
 
     async def run(self) -> None:
         """Everything at once first; then apart what did not come; then the same in a stream."""
-        both = await self._ask(_Ask(tools=not self._raw, logprobs=True))
+        both = await self._ask(_Ask(tools=True, logprobs=True))
         refused = both.detail.lower() if both.reply is None else ""
-        if not both.depth and not self._raw and ("tool" in refused or "logprob" not in refused):
+        if not both.depth and ("tool" in refused or "logprob" not in refused):
             await self._ask(_Ask(logprobs=True))
-        if not both.n_calls and not self._raw and self._left > 1:
+        if not both.n_calls and self._left > 1:
             await self._ask(_Ask(tools=True))
         tools, logprobs = any(s.n_calls for s in self._seen.values()), any(s.depth for s in self._seen.values())
         if self._left:
@@ -157,6 +171,7 @@ class _Prober:
         """One question, put differently as long as the server says what it does not like and calls are left."""
         if not self._left:
             return _Seen(None, Exchange(0, {}, b"", "", False), "not asked")
+        again = False
         while True:
             self._left -= 1
             exchange = await self._post(self._body(ask), ask.stream)
@@ -164,23 +179,22 @@ class _Prober:
             seen = self._seen[ask] = _Seen(outcome.reply, exchange, outcome.detail)
             if outcome.kind == "refused":
                 raise InputError(f"the teacher refuses: {outcome.detail}")
-            if self._left and ask.tools and self._most < _LONG_THOUGHT and seen.cut_off:
+            if seen.doubtful and not again and self._left > 2:
+                again = True  # it may have been an accident
+            elif self._left and ask.tools and self._most < _LONG_THOUGHT and seen.cut_off:
                 self._most = _LONG_THOUGHT
             elif seen.reply is not None or not self._left or not self._adapt(ask, seen):
                 return seen
 
     def _body(self, ask: _Ask) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self._model, self._field: self._most}
+        body["messages"] = [{"role": "user", "content": _QUESTION}]
         if self._temperature:
             body["temperature"] = 0
-        if self._raw:
-            body["prompt"] = _PROMPT
-        else:
-            body["messages"] = [{"role": "user", "content": _QUESTION}]
         if ask.tools:
-            body["tools"] = [_TOOL]
+            body["tools"] = [{"type": "function", "function": WEATHER}]
         if ask.logprobs:
-            body |= {"logprobs": self._k} if self._raw else {"logprobs": True, "top_logprobs": self._k}
+            body |= {"logprobs": True, "top_logprobs": self._k}
         if ask.stream and self._usage_option:
             body["stream_options"] = {"include_usage": True}
         return body
@@ -230,18 +244,15 @@ class _Prober:
             unique_ids=len(answers) > 1 and len(ids - {""}) == len(answers),
             max_tokens_field=self._field,
             notes=tuple(self._notes + self._remarks()),
+            refusals={ask.words: seen.detail[:160] for ask, seen in self._seen.items() if seen.reply is None},
         )
 
     def _remarks(self) -> list[str]:
-        """What was refused or missing."""
+        """What was missing or odd."""
         remarks = []
         for ask, seen in self._seen.items():
-            what = " with ".join(name for name, on in (("a stream", ask.stream), ("tools", ask.tools),
-                                                       ("log-probabilities", ask.logprobs)) if on)  # fmt: skip
-            if seen.reply is None:
-                remarks.append(f"{what or 'a plain question'}: refused ({seen.detail[:160]})")
-            elif seen.reply.flags:
-                remarks.append(f"{what or 'a plain question'}: {', '.join(seen.reply.flags)}")
+            if seen.reply and seen.reply.flags:
+                remarks.append(f"{ask.words}: {', '.join(seen.reply.flags)}")
         if any(ask.tools and seen.reply for ask, seen in self._seen.items()) and not any(
             seen.n_calls for seen in self._seen.values()
         ):
@@ -254,5 +265,6 @@ def _reasoning_field(seen: _Seen) -> str | None:
         return None
     if "thought_in_content" in seen.reply.flags:
         return "content"
-    message = msgspec.json.decode(seen.exchange.body)["choices"][0].get("message") or {}
+    choices = msgspec.json.decode(seen.exchange.body)["choices"]
+    message = next(choice for choice in choices if not choice.get("index")).get("message") or {}
     return "reasoning_content" if message.get("reasoning_content") else "reasoning"

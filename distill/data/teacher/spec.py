@@ -50,4 +50,15 @@ def parse_spec(text: str) -> Spec:
 
 def api_key() -> str:
     """The endpoint's key from the environment, or an empty string."""
-    return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
+    name = _variable()
+    return os.environ[name] if name else ""
+
+
+def key_in_use() -> str:
+    """Where the key came from, for whoever is told that it is refused."""
+    name = _variable()
+    return f"the key is from {name}" if name else f"no key is set in {', '.join(KEY_VARIABLES)}"
+
+
+def _variable() -> str | None:
+    return next((name for name in KEY_VARIABLES if os.environ.get(name)), None)

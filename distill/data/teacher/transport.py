@@ -5,8 +5,10 @@ On aiohttp, which of the libraries measured is the fastest that ends cleanly (do
 
 from __future__ import annotations
 
+import asyncio
 import select
 import ssl
+import time
 import urllib.request
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,15 +20,17 @@ import msgspec
 
 from distill import __version__
 from distill.data.teacher.events import StreamReader
-from distill.data.teacher.spec import KEY_VARIABLES, api_key
+from distill.data.teacher.outcomes import judge
+from distill.data.teacher.spec import KEY_VARIABLES, api_key, key_in_use
 from distill.data.teacher.wire import LARGEST_BODY, Exchange, ReplyError
-from distill.errors import InputError, Paused
+from distill.errors import GO_ON, InputError, Paused
 
-__all__ = ["Exchange", "HttpTransport", "Transport", "only_model"]
+__all__ = ["Exchange", "HttpTransport", "Transport", "only_model", "unlisted_model"]
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _CONNECT_S = 20.0
-_LARGEST_LIST = 16 << 20
+_PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds, between tries to read the list of models
+_LONGEST_PAUSE = 60.0
 _LAST = {"Connection": "close"}
 """With a stream: llama.cpp's server closes after one without saying so, and the next request may meet the closing."""
 
@@ -114,9 +118,13 @@ class HttpTransport:
     async def post(self, body: Mapping[str, Any], *, stream: bool = False) -> Exchange:
         """Send one request; `stream` adds `"stream": true` to the body. See Transport."""
         content = msgspec.json.encode({**body, "stream": True} if stream else body)
+        return await self._send("POST", f"{self.base}/{self._path}", content, stream)
+
+    async def _send(self, method: str, url: str, content: bytes | None = None, stream: bool = False) -> Exchange:
+        """One exchange, over a connection that is clean."""
         for _ in range(self._connections + 1):  # each try that meets an unclean connection has closed it
             try:
-                return await self._post(content, stream)
+                return await self._try(method, url, content, stream)
             except _Unclean as unclean:
                 if unclean.unsolicited:  # whoever does it once may do it again while a request is on its way
                     self.distrust()
@@ -132,12 +140,12 @@ class HttpTransport:
         for session in self._sessions:
             await session.close()
 
-    async def _post(self, content: bytes, stream: bool) -> Exchange:
+    async def _try(self, method: str, url: str, content: bytes | None, stream: bool) -> Exchange:
         """One try. Of a broken stream that told why, `body` is the event with the error."""
         status, headers, body, problem, sent = 0, {}, b"", "", True
         try:
-            async with self._sessions[-1].post(
-                f"{self.base}/{self._path}", data=content, allow_redirects=False, proxy=self._proxy,
+            async with self._sessions[-1].request(
+                method, url, data=content, allow_redirects=False, proxy=self._proxy,
                 headers=_LAST if stream else None,
             ) as response:  # fmt: skip
                 status = response.status
@@ -195,40 +203,40 @@ class HttpTransport:
         bases = [url] if urlsplit(url).path.rstrip("/").endswith("/v1") else [url, f"{url}/v1"]
         problem = ""
         for base in bases:
-            try:
-                async with self._sessions[0].get(f"{base}/models", allow_redirects=False, proxy=self._proxy) as answer:
-                    problem = f"HTTP {answer.status}"
-                    if answer.status in (401, 403):
-                        raise InputError(f"the teacher at {base} refuses the key ({problem}), which is read from "
-                                         f"{', '.join(KEY_VARIABLES)}")  # fmt: skip
-                    if answer.status == 429 or answer.status >= 500:
-                        raise Paused(self._clean(f"the teacher at {base} is not ready ({problem}); run the same "
-                                                 "command again to go on"))  # fmt: skip
-                    if 300 <= answer.status < 400:
-                        problem += f", a redirect to {answer.headers.get('location', 'nowhere')}: give that URL"
-                    elif answer.status == 200:
-                        found = _model_ids(await _whole(answer.content))
-                        if found is not None:
-                            self.base, self.models = base, found
-                            return
-                        problem = "/models did not answer with a list of models"
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                problem = _words(error)
-        raise InputError(self._clean(f"cannot reach a teacher at {' or '.join(bases)}: {problem}"))
+            exchange = await self._models_at(base)
+            problem = exchange.problem or f"HTTP {exchange.status}"
+            if exchange.status in (401, 403):
+                raise InputError(f"the teacher at {base} lets nobody in (HTTP {exchange.status}): {key_in_use()}")
+            if exchange.status in (402, 429) or exchange.status >= 500:
+                raise Paused(f"the teacher at {base} is not ready ({problem}); {GO_ON}")
+            if 300 <= exchange.status < 400:
+                problem += f", a redirect to {exchange.headers.get('location', 'nowhere')}: give that URL"
+            elif exchange.status == 200 and not exchange.problem:
+                found = _model_ids(exchange.body)
+                if found is not None:
+                    self.base, self.models = base, found
+                    return
+                problem = "/models did not answer with a list of models"
+        raise InputError(f"cannot reach a teacher at {' or '.join(bases)}: {problem}")
+
+    async def _models_at(self, base: str) -> Exchange:
+        """What /models says, asked again where trouble may pass."""
+        for pause in (*_PAUSES, None):
+            exchange = await self._send("GET", f"{base}/models")
+            whole = exchange.status == 200 and not exchange.problem
+            outcome = judge(exchange, time.time())
+            if whole or not exchange.sent or outcome.kind not in ("retry", "cooldown") or pause is None:
+                break
+            wait = pause if outcome.wait is None else max(pause, outcome.wait)
+            if wait > _LONGEST_PAUSE:
+                break
+            await asyncio.sleep(wait)
+        return exchange
 
     def _clean(self, text: str) -> str:
         """Words from outside on one line, without our key should they echo it."""
         text = " ".join(text.split())[:2000]
         return text.replace(self._key, "***") if self._key else text
-
-
-async def _whole(content: aiohttp.StreamReader) -> bytes:
-    """A body, or its first _LARGEST_LIST bytes and a little more."""
-    pieces, size = [], 0
-    while size <= _LARGEST_LIST and (chunk := await content.readany()):
-        pieces.append(chunk)
-        size += len(chunk)
-    return b"".join(pieces)
 
 
 def only_model(url: str, listed: Sequence[str]) -> str:
@@ -237,6 +245,13 @@ def only_model(url: str, listed: Sequence[str]) -> str:
         return listed[0]
     found = f"it lists {', '.join(sorted(listed)[:8])}" if listed else "it lists none"
     raise InputError(f"--teacher {url}: name a model with --model; {found}")
+
+
+def unlisted_model(model: str, listed: Sequence[str]) -> str:
+    """A remark about a model that a server does not list among those that it lists."""
+    if not listed or model in listed:
+        return ""
+    return f"the endpoint does not list --model {model}; it lists {', '.join(sorted(listed)[:8])}"
 
 
 def _usable_key(url: str, host: str) -> str:

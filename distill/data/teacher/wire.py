@@ -15,6 +15,7 @@ import msgspec
 
 from distill.data.schema import Usage
 
+BOM = b"\xef\xbb\xbf"
 LARGEST_BODY = 256 << 20
 """Bytes of one answer, streamed or not."""
 _MOST_TOKENS = 1 << 31
@@ -129,7 +130,7 @@ def read_reply(body: bytes) -> Reply:
     if len(body) > LARGEST_BODY:
         raise ReplyError(f"an answer of {len(body)} bytes")
     try:
-        read = _BODY.decode(body)
+        read = _BODY.decode(body.removeprefix(BOM))
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise ReplyError(one_line(error)) from error
     choice = next((c for c in read.choices if not c.index), None)
@@ -138,6 +139,8 @@ def read_reply(body: bytes) -> Reply:
     message = choice.message or WireMessage(content=choice.text)
     if choice.message is None and choice.text is None:
         raise ReplyError("the choice holds neither a message nor a text")
+    if choice.finish_reason is None:
+        raise ReplyError("no finish_reason: the answer did not end")
     flags: list[str] = []
     content, reasoning = _thought(message, flags)
     usage, logprobs = _usage(read.usage, flags), _logprobs(choice.logprobs, flags)
@@ -302,12 +305,24 @@ _LEAKS = {
 
 def leak_of(reply: Reply) -> str | None:
     """The family of tool-call or control markup that a server's parser left in the text, or None."""
-    for text in (reply.content, reply.reasoning):
-        if text and ("<" in text or "[" in text):
-            for family, pattern in _LEAKS.items():
-                if pattern.search(text):
-                    return family
+    return markup_in(reply.content) or markup_in(reply.reasoning or "")
+
+
+def markup_in(text: str) -> str | None:
+    """The family of tool-call or control markup in `text`, or None."""
+    if "<" in text or "[" in text:
+        for family, pattern in _LEAKS.items():
+            if pattern.search(text):
+                return family
     return None
+
+
+_LOST = re.compile("[\x00\ufffd\ud800-\udfff]")
+
+
+def lost_bytes(text: str) -> bool:
+    """Whether `text` holds characters that stand for bytes that were lost: U+FFFD, NUL, lone surrogates."""
+    return "\x00" in text or (not text.isascii() and _LOST.search(text) is not None)
 
 
 def one_line(error: Exception) -> str:
