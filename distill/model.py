@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D hidden, H query heads, K key-value heads, N head wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -196,6 +196,10 @@ class LayerCache(NamedTuple):
     values: Tensor
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries [B, H, T, N], keys and values [B, K, S, N] -> [B, H, T, N]: who sees whom."""
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -213,7 +217,7 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
         b, t, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(b, t, self.n_heads, self.head_dim)
@@ -224,10 +228,7 @@ class Attention(nn.Module):
         v = self.v_proj(x_BTD).view(b, t, self.n_kv, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = torch.cat([cache.keys, k], 2), torch.cat([cache.values, v], 2)
-        causal = mask is None and t > 1
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_heads != self.n_kv
-        )
+        y = attend(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1)), LayerCache(k, v)
 
 
@@ -256,9 +257,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
-        y, cache = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        y, cache = self.self_attn(self.input_layernorm(x), cos, sin, attend, cache)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -311,36 +312,34 @@ class Student(nn.Module):
         return self
 
     def hidden(
-        self,
-        input_ids_BT: Tensor,
-        *,
-        cache: list[LayerCache] | None = None,
-        positions_BT: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        self, input_ids_BT: Tensor, *, cache: list[LayerCache] | None = None, lengths: Sequence[int] | None = None
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, D].
 
-        `cache`, one entry a layer (or empty to begin), is extended in place. `attention_mask` is a boolean
-        [B, 1, T, S] (True: attend) that replaces the causal one. Padding on the right needs none.
+        `cache`, one entry a layer (or empty to begin), is extended in place. `lengths`: one row holds so many tokens of
+        each of several documents, end to end; each starts at position 0 and sees itself only. Padding on the right
+        needs neither.
         """
         t = input_ids_BT.shape[1]
         past = cache[0].keys.shape[2] if cache else 0
-        if positions_BT is None:
-            positions_BT = torch.arange(past, past + t, device=input_ids_BT.device)[None]
+        positions = torch.arange(past, past + t, device=input_ids_BT.device)
+        if lengths is None:
+            attend = self.causal(t, past)
+        else:
+            if cache is not None or len(input_ids_BT) != 1 or sum(lengths) != t or min(lengths) < 1:
+                raise ValueError(f"documents of {list(lengths)} tokens do not make up a row of {t}")
+            positions = torch.cat([positions[:n] for n in lengths])
+            attend = self._by_document(lengths)
         x = self.model.embed_tokens(input_ids_BT)
-        cos, sin = rope_tables(self.config, positions_BT)
+        cos, sin = rope_tables(self.config, positions[None])
         cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [B,1,T,N]
-        if attention_mask is None:
-            attention_mask = self._causal_mask(t, past, x.device)
         grown: list[LayerCache] = []
         for index, block in enumerate(self.model.layers):
             layer_cache = cache[index] if cache else None
             if self.gradient_checkpointing and self.training:
-                x, kv = torch.utils.checkpoint.checkpoint(
-                    block, x, cos, sin, attention_mask, layer_cache, use_reentrant=False
-                )
+                x, kv = torch.utils.checkpoint.checkpoint(block, x, cos, sin, attend, layer_cache, use_reentrant=False)
             else:
-                x, kv = block(x, cos, sin, attention_mask, layer_cache)
+                x, kv = block(x, cos, sin, attend, layer_cache)
             if cache is not None:
                 grown.append(kv)
         if cache is not None:
@@ -350,6 +349,28 @@ class Student(nn.Module):
     def forward(self, input_ids_BT: Tensor, *, cache: list[LayerCache] | None = None) -> Tensor:
         """Logits [B, T, V]."""
         return self.lm_head(self.hidden(input_ids_BT, cache=cache))
+
+    def causal(self, t: int, past: int = 0) -> Attend:
+        """Each of t tokens after `past` sees those before it, and itself."""
+        mask, causal = self._causal_mask(t, past, self.lm_head.weight.device), past == 0 and t > 1
+        grouped = self.config.num_attention_heads != self.config.num_key_value_heads
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
+            )
+
+        return attend
+
+    def _by_document(self, lengths: Sequence[int]) -> Attend:
+        """The same within each document: no mask, no padding, no work between documents."""
+        each = {n: self.causal(n) for n in set(lengths)}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(lengths, q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
+            return torch.cat([each[n](*part) for n, *part in parts], 2)
+
+        return attend
 
     def _causal_mask(self, t: int, past: int, device: torch.device) -> Tensor | None:
         """None where scaled_dot_product_attention's own causal rule is enough."""

@@ -6,7 +6,9 @@ last turn: of the same sequence if that is its text, else of a second one, in wh
 longer than the limit is left out and counted, never cut: a cut answer would teach the student to stop early. The order
 is a pure function of seed, lengths and stages, so a resumed run needs only the number of the step.
 
-Shapes: B sequences, T tokens, N target tokens, K stored ids a token.
+Sequences of a micro-batch lie end to end in one row: there is no padding.
+
+Shapes: T tokens of a micro-batch, N target tokens, K stored ids a token.
 """
 
 from __future__ import annotations
@@ -25,9 +27,6 @@ from distill.data.store.capture import learned_tokens
 from distill.data.store.distributions import Distribution, same_tokens
 from distill.errors import ConfigError, DatasetError, InputError
 from distill.tokenizer import Tokenizer
-
-_BUCKET = 16
-"""Micro-batches whose sequences are sorted by length together."""
 
 
 class Example(NamedTuple):
@@ -57,11 +56,13 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Sequences padded on the right, and for each of N targets where its logits come from and what they should be."""
+    """Sequences end to end, and for each of N targets where its logits come from and what they should be."""
 
-    ids_BT: Tensor
+    ids_T: Tensor
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
     positions_N: Tensor
-    """Index into B*T of the token before the target."""
+    """Index into T of the token before the target."""
     labels_N: Tensor
     teacher_N: Tensor
     ground_truth_N: Tensor
@@ -70,9 +71,17 @@ class Batch(NamedTuple):
     """-1 where there is no distribution."""
     topk_logprobs_NK: Tensor
     tail_logprob_N: Tensor
-    tokens: int
-    """Tokens in it, padding not counted."""
     records: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in it."""
+        return len(self.ids_T)
+
+    @property
+    def targets(self) -> int:
+        """Target tokens in it."""
+        return len(self.labels_N)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
@@ -89,6 +98,8 @@ class Stage(Protocol):
     def epochs(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
+    @property
+    def batch_tokens(self) -> int | None: ...
     @property
     def accumulation(self) -> int: ...
 
@@ -109,7 +120,7 @@ class Examples:
         components: Collection[str] = ("kl_div", "ce_teacher", "ce_ground_truth"),
         limit: int | None = None,
     ) -> None:
-        self.dataset, self.pad, self.k = dataset, tokenizer.pad, 0
+        self.dataset, self.k = dataset, 0
         self.items: list[Example] = []
         self.too_long = 0
         self._text = "ce_teacher" in components
@@ -154,6 +165,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [len(e.ids) for e in self.items]
+
     def __getitem__(self, index: int) -> Example:
         return self.items[index]
 
@@ -169,21 +185,19 @@ class Examples:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Collate; DatasetError where a stored completion is not the text's tokens."""
         chosen = [self.items[i] for i in indices]
-        width = max(len(e.ids) for e in chosen)
-        ids_BT = np.full((len(chosen), width), self.pad, np.int64)
+        starts = np.cumsum([0, *(len(e.ids) for e in chosen)])
         ends = np.cumsum([e.targets for e in chosen])
         n = int(ends[-1])
         topk_ids = np.full((n, self.k), -1, np.int64)
         topk_lp, tail = np.full((n, self.k), -np.inf, np.float32), np.full(n, -np.inf, np.float32)
-        for row, e in enumerate(chosen):
-            ids_BT[row, : len(e.ids)] = e.ids
         for index, item in self._stored(chosen):
             part = slice(int(ends[index]) - len(item.token_ids), int(ends[index]))
             topk_ids[part], topk_lp[part], tail[part] = item.topk_ids, item.topk_logprobs, item.tail_logprob
-        positions = [row * width + e.places - 1 for row, e in enumerate(chosen)]
+        positions = [start + e.places - 1 for start, e in zip(starts, chosen)]
         truth = [np.arange(e.targets) >= e.targets - e.truths for e in chosen]
         return Batch(
-            ids_BT=torch.from_numpy(ids_BT),
+            ids_T=torch.from_numpy(np.concatenate([e.ids for e in chosen]).astype(np.int64)),
+            lengths=tuple(len(e.ids) for e in chosen),
             positions_N=torch.from_numpy(np.concatenate(positions)),
             labels_N=torch.from_numpy(np.concatenate([e.labels for e in chosen]).astype(np.int64)),
             teacher_N=torch.from_numpy(np.repeat([e.teacher for e in chosen], [e.targets for e in chosen])),
@@ -192,7 +206,6 @@ class Examples:
             topk_ids_NK=torch.from_numpy(topk_ids),
             topk_logprobs_NK=torch.from_numpy(topk_lp),
             tail_logprob_N=torch.from_numpy(tail),
-            tokens=sum(len(e.ids) for e in chosen),
             records=tuple(e.record for e in chosen),
         )
 
@@ -239,7 +252,8 @@ def plan(
     for number, stage in enumerate(stages):
         fits = np.asarray([i for i, length in enumerate(lengths) if length <= stage.max_length], np.int64)
         for epoch in range(stage.epochs if fits.size else 0):
-            batches = list(_epoch(fits, lengths, stage.batch_size, np.random.default_rng([seed, number, epoch])))
+            order = np.random.default_rng([seed, number, epoch]).permutation(fits).tolist()
+            batches = list(micro_batches(order, lengths, stage))
             for first in range(0, len(batches), stage.accumulation):
                 step = batches[first : first + stage.accumulation]
                 steps.append(step)
@@ -249,12 +263,16 @@ def plan(
     return steps
 
 
-def _epoch(fits: NDArray[np.int64], lengths: Sequence[int], size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Micro-batches of one pass: shuffled, then sorted by length within buckets, then shuffled as batches."""
-    order = rng.permutation(fits)
-    batches: list[list[int]] = []
-    for first in range(0, len(order), size * _BUCKET):
-        bucket = sorted(order[first : first + size * _BUCKET].tolist(), key=lambda i: lengths[i])
-        batches += [bucket[at : at + size] for at in range(0, len(bucket), size)]
-    for index in rng.permutation(len(batches)):
-        yield batches[index]
+def micro_batches(order: Sequence[int], lengths: Sequence[int], stage: Stage) -> Iterator[list[int]]:
+    """Cut one pass into micro-batches: of `batch_tokens` at most, or of `batch_size` sequences."""
+    batch: list[int] = []
+    tokens = 0
+    for index in order:
+        full = tokens + lengths[index] > stage.batch_tokens if stage.batch_tokens else len(batch) == stage.batch_size
+        if batch and full:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += lengths[index]
+    if batch:
+        yield batch

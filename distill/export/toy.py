@@ -82,7 +82,8 @@ def make_block(out: Path, seed: int) -> Path:
     with torch.no_grad():
         cos, sin = rope_tables(shared.student.config, torch.arange(SEQ))
         tokens = x[:, :, 0].transpose(1, 2)  # (1,S,D)
-        y, _ = shared.student.model.layers[0](tokens, cos[None, None], sin[None, None], None, None)
+        attend = shared.student.causal(len(cos))
+        y, _ = shared.student.model.layers[0](tokens, cos[None, None], sin[None, None], attend, None)
         traced = pytorch.trace(block, (x,))
         found = traced(x)[:, :, 0].transpose(1, 2)
         half = round_to_half(_Block(shared.student))(x)[:, :, 0].transpose(1, 2)

@@ -9,6 +9,7 @@ import msgspec
 from distill.artifacts import canonical_json, sha256_text
 from distill.config import as_dict
 from distill.model import ModelConfig
+from distill.train.divergences import Divergence, Kind
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -58,6 +59,8 @@ class LengthStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Passes over the records that fit."""
     batch_size: int = 1
     """Sequences a micro-batch."""
+    batch_tokens: int | None = None
+    """Tokens a micro-batch, of as many whole sequences as fit; replaces batch_size."""
     accumulation: int = 1
     """Micro-batches a step."""
 
@@ -65,6 +68,13 @@ class LengthStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("max_length", "epochs", "batch_size", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_tokens is not None and self.batch_tokens < self.max_length:
+            raise ValueError(f"batch_tokens {self.batch_tokens} is below max_length {self.max_length}")
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return self.batch_tokens or self.batch_size * self.max_length
 
 
 class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,11 +111,13 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_length: int = 512
     """Longest sequence; a longer record is left out, and counted, never cut."""
     batch_size: int = 8
-    """Sequences a micro-batch."""
+    """Sequences a micro-batch, end to end: there is no padding."""
+    batch_tokens: int | None = None
+    """Tokens a micro-batch, of as many whole sequences as fit; replaces batch_size."""
     accumulation: int = 1
     """Micro-batches a step: one loss denominator over all of them."""
     curriculum: list[LengthStage] = []
-    """Length curriculum; replaces epochs, max_length, batch_size and accumulation."""
+    """Length curriculum; replaces epochs, max_length, batch_size, batch_tokens and accumulation."""
 
     lr: float = 3e-4
     """Peak learning rate."""
@@ -124,6 +136,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     loss_weights: LossWeights = LossWeights()
     """Weights of the components."""
+    divergence: Kind = "forward_kl"
+    """What kl_div is: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl or tvd (distill/train/divergences.py)."""
+    mix: float | None = None
+    """jsd: the teacher's share of the mixture (0.5); skew: the first distribution's share of the second (0.1)."""
     temperature: float = 1.0
     """Of the divergence, with T squared inside. Other than 1 needs distributions without a tail."""
 
@@ -135,8 +151,6 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """CPU threads; 0: PyTorch's choice. Tiny models are fastest with 1."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
-    head_chunk: int = 512
-    """Target tokens whose logits exist at one time."""
     seed: int = 0
     """Of the initial weights and of the order of the data."""
 
@@ -156,7 +170,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For the export stage."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_length", "batch_size", "accumulation", "head_chunk", "eval_records"):
+        for name in ("epochs", "max_length", "batch_size", "accumulation", "eval_records"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "token_budget"):
@@ -179,13 +193,16 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("model: needed where init gives no weights")
         if self.model is not None and self.init.keep_layers is not None:
             raise ValueError("model: leave it out where init.keep_layers cuts a model down")
+        self.stages()  # its own rules
+        Divergence(self.divergence, self.mix, self.temperature).require_valid()
         lengths = [stage.max_length for stage in self.curriculum]
         if lengths != sorted(set(lengths)):
             raise ValueError(f"curriculum: max_length must grow from stage to stage, not {lengths}")
 
     def stages(self) -> list[LengthStage]:
         """The length curriculum; one stage where none is given."""
-        return self.curriculum or [LengthStage(self.max_length, self.epochs, self.batch_size, self.accumulation)]
+        alone = LengthStage(self.max_length, self.epochs, self.batch_size, self.batch_tokens, self.accumulation)
+        return self.curriculum or [alone]
 
 
 _NOT_THE_RESULT = ("checkpoints", "out", "runs", "save_every", "eval_every", "export")

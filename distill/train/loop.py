@@ -17,18 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from rich.console import Console
 
 from distill.artifacts import atomic_file
-from distill.data.batches import Batch
+from distill.data.batches import Batch, micro_batches
 from distill.errors import DistillError, Paused
 from distill.train import resume
 from distill.train.config import TrainConfig
-from distill.train.losses import COMPONENTS
+from distill.train.divergences import Divergence
 from distill.train.monitor import Monitor
+from distill.train.objective import COMPONENTS, Sums
 from distill.train.prepare import Run, State, describe, prepare
-from distill.train.step import Objective, Sums, evaluate, gradients, learning_rate
+from distill.train.step import evaluate, gradients, learning_rate
 
 
 class Report(NamedTuple):
@@ -112,10 +114,9 @@ def _train(it: Run, optimiser: torch.optim.Optimizer, state: State, monitor: Mon
 
 def _held_out(it: Run) -> dict[str, float]:
     """Per-token means over the held-out records, in fp32 at temperature 1, by component; {} where there are none."""
-    size = it.config.stages()[0].batch_size
-    order = sorted(range(len(it.val)), key=lambda i: len(it.val[i].ids))
-    batches = (it.val.batch(order[at : at + size]).to(it.device) for at in range(0, len(order), size))
-    every = Objective(dict.fromkeys(COMPONENTS, 1.0), chunk=it.config.head_chunk)
+    stage = msgspec.structs.replace(it.config.stages()[-1], batch_tokens=it.config.stages()[-1].largest)
+    batches = (it.val.batch(part).to(it.device) for part in micro_batches(range(len(it.val)), it.val.lengths, stage))
+    every = it.objective._replace(weights=dict.fromkeys(COMPONENTS, 1.0), divergence=Divergence(), dtype="fp32")
     return evaluate(it.start.student, batches, every).means
 
 

@@ -15,11 +15,10 @@ from distill.errors import ConfigError
 from distill.model import ModelConfig, Student
 from distill.pretrained import config_from_huggingface
 from distill.train.config import TrainConfig
+from distill.train.divergence import head_bytes
 from distill.train.init import layers_kept
 
 _GIB = 1 << 30
-_LOGIT_COPIES = 4
-"""fp32 arrays of [head_chunk, V] alive at once: logits, the scattered copy, and a gradient of each."""
 
 
 class Plan(NamedTuple):
@@ -68,8 +67,7 @@ def plan(config: TrainConfig, device: torch.device) -> Plan:
     with torch.device("meta"):
         n = sum(p.numel() for p in Student(model).parameters())
     bf16 = config.dtype == "bf16"
-    largest = max(config.stages(), key=lambda s: s.batch_size * s.max_length)
-    tokens = largest.batch_size * largest.max_length
+    tokens = max(stage.largest for stage in config.stages())
     layer = tokens * activation_bytes(model, bf16)
     kept = tokens * model.hidden_size * 4 * model.num_hidden_layers
     if config.gradient_checkpointing:
@@ -80,8 +78,11 @@ def plan(config: TrainConfig, device: torch.device) -> Plan:
         "weights": (n * (6 if bf16 else 4), "fp32, and bf16 copies for the matrix products" if bf16 else "fp32"),
         "gradients": (n * 4, "fp32"),
         "optimiser": (n * 8, "AdamW: two moments in fp32"),
-        "activations": (activations, f"{largest.batch_size} x {largest.max_length} tokens: {how}"),
-        "logits": (config.head_chunk * model.vocab_size * 4 * _LOGIT_COPIES, f"{config.head_chunk} tokens at a time"),
+        "activations": (activations, f"{tokens:,} tokens: {how}"),
+        "head": (
+            head_bytes(model.vocab_size, model.hidden_size, bf16),
+            "its gradient in fp32, and the logits of one chunk",
+        ),
     }
     shape = (
         f"width {model.hidden_size}, {model.num_hidden_layers} layers, {model.num_attention_heads} query and "

@@ -15,8 +15,8 @@ from distill.data.records import Dataset
 from distill.errors import ConfigError
 from distill.train import init
 from distill.train.config import TrainConfig, fingerprint
-from distill.train.losses import COMPONENTS
-from distill.train.step import Objective
+from distill.train.divergences import Divergence
+from distill.train.objective import COMPONENTS, Objective
 
 _NEEDS = {
     "kl_div": "the teacher's distributions",
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     def objective(self) -> Objective:
         """The loss of a training step."""
         c = self.config
-        return Objective(self.weights, c.temperature, c.head_chunk, c.dtype)
+        return Objective(self.weights, Divergence(c.divergence, c.mix, c.temperature), c.dtype)
 
 
 class State(NamedTuple):
@@ -90,7 +90,7 @@ def prepare(config: TrainConfig) -> Run:
     if not weights:
         left_out = f" ({train.too_long} are longer than {longest} tokens)" if train.too_long else ""
         raise ConfigError(f"{config.data}: no training record carries {' or '.join(active)}{left_out}")
-    steps = plan([len(e.ids) for e in train.items], config.stages(), config.seed,
+    steps = plan(train.lengths, config.stages(), config.seed,
                  max_steps=config.max_steps, token_budget=config.token_budget)  # fmt: skip
     inputs = {
         "data": sha256_file(config.data),

@@ -18,7 +18,7 @@ from distill.data.records import Dataset
 from distill.errors import DistillError, stage_main
 from distill.train import init
 from distill.train.kd import load_config
-from distill.train.losses import TOTAL
+from distill.train.objective import TOTAL
 from distill.train.prepare import prepare
 from distill.train.step import gradients
 

@@ -30,13 +30,14 @@ above 7e-5 in every configuration measured (tests/integration/test_planted_fault
 
 
 def exact_tolerance(contract: Contract) -> float:
-    """EXACT_TOLERANCE, or where the model is deeper: 16 gain eps32.
+    """EXACT_TOLERANCE, or where the model is deeper or wider: sqrt(n) gain eps32.
 
     eps32 is `relative_error` with fp32's unit roundoff 2**-24 for fp16's 2**-11, gain the model's amplification of
-    rounding; a sum of n terms in another order errs by about sqrt(n) roundings, 16 for some hundred terms.
+    rounding; a sum of n terms in another order errs by about sqrt(n) roundings, n the longest that the model takes.
     """
-    layers = contract.model_config.num_hidden_layers
-    return max(EXACT_TOLERANCE, 16 * contract.fp16_gain * relative_error(layers) * 2.0**-13)
+    model = contract.model_config
+    longest = math.sqrt(max(model.hidden_size, model.intermediate_size))
+    return max(EXACT_TOLERANCE, longest * contract.fp16_gain * relative_error(model.num_hidden_layers) * 2.0**-13)
 
 
 class Comparison(NamedTuple):

@@ -194,10 +194,12 @@ def test_tool_calls_with_wrong_arguments_or_another_name_earn_nothing(toy: Toy, 
             name = next(iter(call["arguments"]))
             call["arguments"][name] = f"{call['arguments'][name]} "
 
-    verdict = verify(Spoilt(toy.prefill, tmp_path).evaluation(spoil).seal())
+    unspoilt = verify(Spoilt(toy.prefill, tmp_path / "as it was").seal())["tool_span_f1"]["observed"]
+    verdict = verify(Spoilt(toy.prefill, tmp_path / "spoilt").evaluation(spoil).seal())
     assert verdict.code == 1 and verdict.failed() == ["tool_span_f1"]
-    right = 30 - 6
-    assert verdict["tool_span_f1"]["observed"] == pytest.approx(2 * right / (2 * right + 12))
+    assert unspoilt > 0.9
+    right = round(30 * unspoilt) - 6
+    assert verdict["tool_span_f1"]["observed"] == pytest.approx(right / 30)
 
 
 def test_too_few_prompts_are_inconclusive_and_not_a_pass(toy: Toy, tmp_path: Path, verify: Verify) -> None:

@@ -98,6 +98,19 @@ def test_padding_on_the_right_changes_nothing_before_it() -> None:
     torch.testing.assert_close(student(padded)[:, :10], student(ids), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_documents_end_to_end_are_each_on_their_own(window: int | None) -> None:
+    config = ModelConfig(64, 32, 48, 2, 4, 2, sliding_window=window)
+    student = Student(config).init_weights(3)
+    ids = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    lengths = [7, 1, 12, 4]
+    packed = student.hidden(ids, lengths=lengths)
+    alone = torch.cat([student.hidden(part) for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="do not make up a row of 24"):
+        student.hidden(ids, lengths=[7, 1])
+
+
 def test_generation_is_the_argmax_of_the_full_forward_pass() -> None:
     student = Student(_toy()).init_weights(3).eval()
     found = student.generate([1, 2, 3], 8, set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -94,7 +95,7 @@ def test_every_learned_turn_has_its_rows_and_a_batch_puts_them_at_its_tokens(tmp
     examples = _examples(write_records(tmp_path / "d.jsonl", records, items))
     order = [next(i for i, e in enumerate(examples.items) if e.record == r and e.teacher) for r in (1, 0, 2)]
     batch = examples.batch(order)
-    assert torch.equal(batch.ids_BT.flatten()[batch.positions_N + 1], batch.labels_N)
+    assert torch.equal(batch.ids_T[batch.positions_N + 1], batch.labels_N)
     expected = np.concatenate([items[1].topk_ids, items[0].topk_ids])
     has = batch.has_distribution_N.numpy()
     assert (batch.topk_ids_NK.numpy()[has] == expected).all() and has.sum() == len(expected) < len(has)
@@ -130,15 +131,13 @@ def test_a_text_only_set_is_read_without_distributions(tmp_path: Path) -> None:
     assert examples.k == 0 and examples.carried["kl_div"] == 0 and not examples.batch([0]).has_distribution_N.any()
 
 
-def test_batches_pad_on_the_right_and_point_one_token_before_each_target(tmp_path: Path) -> None:
+def test_sequences_lie_end_to_end_and_positions_point_one_token_before_each_target(tmp_path: Path) -> None:
     examples = _examples(write_set(tmp_path / "d.jsonl"))
-    batch = examples.batch([0, 1, 2])
-    flat = batch.ids_BT.flatten()
-    assert torch.equal(flat[batch.positions_N + 1], batch.labels_N)
-    assert batch.tokens == sum(len(examples[i].ids) for i in range(3))
-    for row in range(3):
-        length = len(examples[row].ids)
-        assert (batch.ids_BT[row, length:] == toy_tokenizer().pad).all()
+    batch = examples.batch([0, 2, 1])
+    assert torch.equal(batch.ids_T[batch.positions_N + 1], batch.labels_N)
+    assert batch.tokens == sum(batch.lengths) == sum(len(examples[i].ids) for i in range(3))
+    for index, ids in zip([0, 2, 1], batch.ids_T.split(batch.lengths)):
+        assert ids.tolist() == examples[index].ids.tolist()
     assert (batch.topk_ids_NK[:, 0] == batch.labels_N).float().mean() > 0.9  # a toy teacher favours its own text
 
 
@@ -193,11 +192,13 @@ def test_every_epoch_visits_every_sequence_once_in_another_order() -> None:
     assert max(len(step) for step in steps) == 2 and max(len(b) for step in steps for b in step) == 4
 
 
-def test_sequences_of_like_length_share_a_batch() -> None:
-    lengths = [int(x) for x in np.random.default_rng(0).integers(5, 500, 64)]
-    steps = plan(lengths, [LengthStage(max_length=500, batch_size=8)], seed=0)
-    waste = sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for s in steps for b in s)
-    assert waste / sum(lengths) < 0.2
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(500, 4000), st.integers(0, 5))
+def test_micro_batches_hold_at_most_their_tokens_and_every_sequence_once(lengths, tokens, seed) -> None:
+    steps = plan(lengths, [LengthStage(max_length=500, batch_tokens=tokens, accumulation=3)], seed=seed)
+    batches = [batch for step in steps for batch in step]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    assert (max(sizes) <= tokens and all(a + b > tokens for a, b in pairwise(sizes))) or len(sizes) == 1
 
 
 def test_plan_ends_at_max_steps_and_with_the_step_that_reaches_the_budget() -> None:

@@ -13,7 +13,8 @@ from distill.model import Student
 from distill.tokenizer import toy_tokenizer
 from distill.train import loop
 from distill.train.config import TrainConfig
-from distill.train.step import Objective, gradients
+from distill.train.objective import Objective
+from distill.train.step import gradients
 from distill.train.toy import toy_model
 from tests.unit.train_sets import config, write_set
 

@@ -22,8 +22,9 @@ from distill.config import as_dict
 from distill.errors import ConfigError, DistillError, Paused
 from distill.train import loop
 from distill.train.config import InitSection, LossWeights, TrainConfig
+from distill.train.objective import Objective
 from distill.train.prepare import prepare
-from distill.train.step import Objective, evaluate, gradients, learning_rate
+from distill.train.step import evaluate, gradients, learning_rate
 from tests.unit.train_sets import config, write_set
 
 
@@ -65,7 +66,7 @@ def test_chunked_gradient_is_autograd_s_over_the_whole_batch(tmp_path: Path, dat
     gradients(student, [batch], it.objective._replace(chunk=5))
     chunked = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    logits = student(batch.ids_BT).flatten(0, 1)[batch.positions_N]
+    logits = student.lm_head(student.hidden(batch.ids_T[None], lengths=batch.lengths)[0])[batch.positions_N]
     nll = -logits.log_softmax(-1).gather(1, batch.labels_N[:, None])[:, 0]
     log_q = logits.log_softmax(-1).gather(1, batch.topk_ids_NK.clamp(min=0))
     q_rest = torch.log1p(-log_q.exp().sum(-1))
@@ -140,7 +141,7 @@ def test_a_nan_stops_the_run_with_its_step_named_and_its_batch_saved(tmp_path: P
         _run(settings)
     assert caught.value.exit_code == 1
     saved = torch.load(tmp_path / "checkpoints/worker.nan_step_1.pt")
-    assert saved["records"] and saved["batches"][0]["ids_BT"].shape[0] == 2
+    assert saved["records"] and len(saved["batches"][0]["lengths"]) == 2
     assert not (tmp_path / "checkpoints/worker.pt").exists()
 
 

@@ -152,10 +152,10 @@ def test_the_smoke_script_fails_loudly_when_a_step_is_broken(tmp_path: Path) -> 
     shutil.copytree(ROOT / "distill", tmp_path / "distill", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "training", tmp_path / "training", ignore=shutil.ignore_patterns("__pycache__", "toy_test"))
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    losses = tmp_path / "distill/train/losses.py"
-    text = losses.read_text()
-    assert "* temperature**2, logits" in text
-    losses.write_text(text.replace("* temperature**2, logits", "* float('nan'), logits"))
+    formulae = tmp_path / "distill/train/divergences.py"
+    text = formulae.read_text()
+    assert "value = (t * (log_t - log_s)).sum(-1)" in text
+    formulae.write_text(text.replace("value = (t * (log_t - log_s)).sum(-1)", "value = (t * float('nan')).sum(-1)"))
     done = _script(tmp_path)
     assert done.returncode == 1 and "FAILED: Step 4" in done.stderr and "PASSED" not in done.stdout
 
