@@ -73,7 +73,21 @@ def build(data: dict[str, Any], kind: type[T], source: str) -> T:
     try:
         return msgspec.convert(data, kind)
     except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: {_in_words(str(error))}") from error
+
+
+_MISMATCH = re.compile(r"Expected `([^`]+)`, got `([^`]+)` - at `\$\.([^`]+)`")
+_KINDS = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false", "array": "a list",
+          "object": "a mapping"}  # fmt: skip
+
+
+def _in_words(problem: str) -> str:
+    """msgspec's words for a value of a wrong type, in those of YAML."""
+    if (found := _MISMATCH.fullmatch(problem)) is None:
+        return problem
+    wanted, given, key = found.groups()
+    kinds = " or ".join(_KINDS.get(kind, kind) for kind in wanted.split(" | "))
+    return f"{key} must be {kinds}, not {_KINDS.get(given, given)}"
 
 
 def as_dict(config: msgspec.Struct) -> dict[str, Any]:

@@ -71,5 +71,6 @@ def require_same_run(journal: Journal, now: Mapping[str, object]) -> None:
     changed = [f"{name} was {before[name]}, is {now[name]}" for name in sorted(before.keys() & now.keys())
                if before[name] != now[name]]  # fmt: skip
     if changed:
-        raise InputError(f"{journal.path} is of another run: {'; '.join(changed)}. --fork asks everything anew and "
-                         "keeps what it has; another --out leaves it alone")  # fmt: skip
+        raise InputError(f"{journal.path} is of another run: {'; '.join(changed)}. --fork goes on in it: "
+                         "everything is asked anew, what was asked before is kept and counts as spent; "
+                         "another --out leaves it alone")  # fmt: skip

@@ -30,6 +30,9 @@ from distill.errors import DistillError
 from distill.tokenizer import Tokenizer
 
 _EXAMPLES = 50  # of dropped prompts, for each reason
+STOPPED = "the run stopped early"
+USED_UP = "prompts are used up"
+"""Why a stratum is short: its prompts were not all asked, or all."""
 
 
 class Built(NamedTuple):
@@ -84,6 +87,11 @@ def write(out: Path, built: Built, journal: Journal, status: Status) -> tuple[kd
     return header, builder.shortfalls()
 
 
+def run_id(built: Built) -> str:
+    """That of the dataset."""
+    return _header(built, None).run_id
+
+
 def _header(built: Built, info: LogprobInfo | None) -> kd.Header:
     config = {name: value for name, value in as_dict(built.config).items() if name not in OPERATIONAL}
     return kd.make_header(
@@ -114,7 +122,28 @@ def _capture(
     )  # fmt: skip
 
 
-def _examples(dropped: Sequence[Dropped]) -> list[dict[str, str]]:
+def why_short(quota: int, records: int, reasons: Counter[str], *, exhausted: bool) -> str:
+    """Why a stratum has fewer records than its quota; `reasons` are those of its rejects."""
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    rejected = sum(n for _, n in ordered)
+    asked = records + rejected
+    listed = f" ({', '.join(f'{reason} {n}' for reason, n in ordered)})" if ordered else ""
+    if asked >= most_asked(quota):
+        return (f"too many answers were rejected, {rejected} of {asked}{listed}; "
+                f"{_ADVICE.get(ordered[0][0], 'rejects.jsonl has each of them')}")  # fmt: skip
+    if not exhausted:
+        return STOPPED
+    also = f", and {rejected} answers were rejected{listed}" if rejected else ""
+    return (f"its {asked} {USED_UP}{also}; give it less weight, or more prompts"
+            " (`sources`), or lower --total")  # fmt: skip
+
+
+def cost_per_record(cost: Decimal, records: int) -> Decimal:
+    """For report.json."""
+    return round(cost / records, 12)
+
+
+def examples_of(dropped: Sequence[Dropped]) -> list[dict[str, str]]:
     """The first of each reason: many duplicates must not hide what an evaluation set holds."""
     taken: Counter[str] = Counter()
     out = []
@@ -201,10 +230,10 @@ class Builder:
             "strata": strata,
             "left_out": prompts.left_out,
             "prompts_dropped": {f"{name}: {reason}": n for (name, reason), n in sorted(prompts.drops.items())},
-            "dropped_examples": _examples(prompts.dropped),
+            "dropped_examples": examples_of(prompts.dropped),
             "unaligned_logprobs": self.unaligned,
             "cost_usd": cost,
-            "cost_usd_per_record": None if cost is None else round(cost / len(self._ids), 12),
+            "cost_usd_per_record": None if cost is None else cost_per_record(cost, len(self._ids)),
         }
 
     def shortfalls(self) -> dict[str, Shortfall]:
@@ -214,18 +243,7 @@ class Builder:
                 for name, quota in quotas if self.strata[name] < quota}  # fmt: skip
 
     def _why_short(self, name: str, quota: int) -> str:
-        reasons = sorted(self._reasons(name).items(), key=lambda item: (-item[1], item[0]))
-        rejected = sum(n for _, n in reasons)
-        asked = self.strata[name] + rejected
-        listed = f" ({', '.join(f'{reason} {n}' for reason, n in reasons)})" if reasons else ""
-        if asked >= most_asked(quota):
-            return (f"too many answers were rejected, {rejected} of {asked}{listed}; "
-                    f"{_ADVICE.get(reasons[0][0], 'rejects.jsonl has each of them')}")  # fmt: skip
-        if name not in self._built.prompts.exhausted:
-            return "the run stopped early"
-        also = f", and {rejected} answers were rejected{listed}" if rejected else ""
-        return (f"its {asked} prompts are used up{also}; give it less weight, or more prompts"
-                " (`sources`), or lower --total")  # fmt: skip
+        return why_short(quota, self.strata[name], self._reasons(name), exhausted=name in self._built.prompts.exhausted)
 
     def _reasons(self, stratum: str | None = None) -> Counter[str]:
         return Counter(reject["reason"] for reject in self.rejects if stratum in (None, reject["stratum"]))
@@ -240,8 +258,9 @@ class Builder:
         reject: dict[str, Any] = {"id": prompt.id, "stratum": prompt.stratum, "reason": end.reason, "detail": detail}
         self.rejects.append(reject | self._paid(end.usages))
 
-    def _paid(self, usages: Sequence[Usage]) -> dict[str, Any]:
-        if self._prices is None:
+    def _paid(self, usages: Sequence[Usage], answers: int = 0) -> dict[str, Any]:
+        """What an episode cost; nothing where the server did not count one of its answers: the ledger knows more."""
+        if self._prices is None or len(usages) < answers:
             return {}
         cost = sum(self._prices.cost(usage) for usage in usages)
         self.cost += cost
@@ -262,6 +281,6 @@ class Builder:
             split=kd.split_of(prompt.id, self._built.config.val_share), stratum=prompt.stratum, expect=prompt.expect,
             reasoning=end.replies[-1].reasoning, render=layout.rendered, targets=layout.targets,
             usage=usage if end.usages else None, provenance=end.provenance, flags=("crlf",) if "\r" in text else (),
-            **self._paid(end.usages),
+            **self._paid(end.usages, len(end.replies)),
         )  # fmt: skip
         return self._last

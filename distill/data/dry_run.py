@@ -52,12 +52,12 @@ class Forecast:
         """`out`: the dataset to be, whose ledger tells how long this teacher's answers are and what is spent."""
         self._stream, self._config, self._local = stream, config, local
         self.spent, self.measured = _known(out)
-        self.answer = self.measured or _ANSWER
         self.quotas = stream.quotas(total)
         self.prompts: Counter[str] = Counter()
         self.expected = dict.fromkeys(self.quotas, Load())
         self.longest = sorted({longest_answer(config, local=local, reasons=reasons) for reasons in (False, True)})
         """Longest answers: of a teacher that does not reason, and of one that does."""
+        self.answer = min(self.measured or _ANSWER, self.longest[-1])
         self.most = {longest: dict.fromkeys(self.quotas, Load()) for longest in self.longest}
         """With every answer as long as it may be, in as many turns, and none rejected."""
         self.largest = Load()
@@ -157,9 +157,15 @@ class Forecast:
     def _evidence(self) -> Iterator[str]:
         for reason in _REASONS:
             for drop in [drop for drop in self._stream.dropped if drop.reason == reason][:3]:
-                yield f"{reason}: {drop.stratum} {drop.text[:100]!r}: {drop.evidence[:160]!r}"
-                if drop.other:
-                    yield f"    collides with {drop.other[:100]!r}"
+                yield f"{reason}: {drop.stratum}: {_shown(drop.text, 100)}"
+                yield f"    {_shown(drop.evidence, 160)}"
+                if drop.other and reason != "contaminated":  # whose evidence has the words that are shared
+                    yield f"    collides with: {_shown(drop.other, 100)}"
+
+
+def _shown(text: str, most: int) -> str:
+    """The beginning of a text from a file, harmless on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 def _turns(turns: int, prompt: int, answer: int, results: int) -> Load:

@@ -33,6 +33,8 @@ from distill.errors import DatasetError, InputError, describe_os_error
 
 JOURNAL = "journal.sqlite"
 """Name of the journal beside a dataset."""
+RUN = "run_id/"
+"""Begins the name of a value that says under which run_id a dataset was built."""
 _APPLICATION = 0x6B642F31  # "kd/1"
 _VERSION = 1
 _TABLES = {
@@ -85,7 +87,7 @@ class Answer(NamedTuple):
 
 class Settlement(NamedTuple):
     """How an attempt ended. `usage` and `cost` (in 1e-12 of the currency) are what the server counted, of a settled
-    one; None where it did not say: then what was reserved counts."""
+    one; None where it did not say: then what was reserved counts. `detail`: what went wrong, or the answer's id."""
 
     state: State
     status: int
@@ -168,6 +170,13 @@ class Journal:
         with damage(self.path):
             sql = "SELECT EXISTS(SELECT 1 FROM answer WHERE attempt > ? AND dead IS NULL)"
             return bool(self._reader.execute(sql, (attempt,)).fetchone()[0])
+
+    def answered_ids(self) -> set[str]:
+        """The servers' own numbers of all answers so far, the probe's among them."""
+        with damage(self.path):
+            return {
+                name for (name,) in self._reader.execute("SELECT detail FROM attempt WHERE state='settled'") if name
+            }
 
     def recent(self, seconds: float) -> list[tuple[float, int]]:
         """Attempts that began in the last `seconds`: how long ago, oldest first, and their tokens."""

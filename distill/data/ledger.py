@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:10} {part['attempts']:>9,} attempts{tokens}{money}  {meaning}")
     counted = found["counted"]
     money = f", {_dollars(counted)} USD" if priced else " (no prices are in the mix)"
+    plural = "s" * (found["runs"] != 1)
     print(f"counted against the budget: {counted['tokens']:,} tokens{money}; {found['answers']:,} answers kept; "
-          f"started {found['runs']} times; of the probe: {found['probe']['attempts']} attempts")  # fmt: skip
+          f"started {found['runs']} time{plural}; of the probe: {found['probe']['attempts']} attempts")  # fmt: skip
     return 0
 
 

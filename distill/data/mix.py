@@ -25,12 +25,12 @@ from distill.data.asking import (
     streams,
 )
 from distill.data.budget import Budget, OutOfBudget, usd
-from distill.data.build import Built, Shortfall, write
+from distill.data.build import Built, Shortfall, run_id, write
 from distill.data.dry_run import Forecast
 from distill.data.generation import Generation, Interrupts, Plan
-from distill.data.journal import JOURNAL, Journal, Totals
+from distill.data.journal import JOURNAL, RUN, Journal, Totals
 from distill.data.mix_config import MixConfig
-from distill.data.prompts.stream import open_prompts
+from distill.data.prompts.stream import MixFiles, named, open_prompts, read_files
 from distill.data.sender import Sender
 from distill.data.status import Status
 from distill.data.teacher.admission import WINDOW, Admission
@@ -42,6 +42,7 @@ from distill.data.teacher.opening import (
 )
 from distill.data.teacher.spec import Spec, parse_spec
 from distill.errors import GO_ON, InputError, Paused, stage_main
+from distill.tokenizer import Tokenizer
 
 DEFAULT_CONFIG = Path("configs/kd_mix.yaml")
 
@@ -53,6 +54,7 @@ class Job(NamedTuple):
     spec: Spec
     total: int
     config: MixConfig
+    files: MixFiles
     seed: int
     fork: bool = False
 
@@ -68,18 +70,23 @@ class Made(NamedTuple):
 
 def make(
     out: str | Path, teacher: str, total: int, config: MixConfig, *, seed: int = 0, fork: bool = False,
-    quiet: bool = False,
+    quiet: bool = False, name: str = "the mix",
 ) -> Made:  # fmt: skip
-    """Generate a dataset at `out`, going on where an earlier run stopped.
+    """Generate a dataset at `out`, going on where an earlier run stopped; errors call the configuration `name`.
 
     Paused: stopped early, and the same command goes on. Where only the budget stopped it, a dataset of what was
     accepted is written first.
     """
     _require_some(total)
-    job = Job(Path(out), parse_spec(teacher), total, config, seed, fork)
-    _require_ours(job.out)
+    spec = parse_spec(teacher)
+    _require_ours(Path(out))
+    if config.tokenizer and spec.kind == "endpoint":
+        with named(name, "tokenizer"):
+            Tokenizer.from_file(config.tokenizer)
+    job = Job(Path(out), spec, total, config, read_files(config, name), seed, fork)
+    status = Status(total, quiet=quiet)
     try:
-        with Journal(kd.sidecar(out) / JOURNAL) as journal, Status(total, quiet=quiet) as status:
+        with Journal(kd.sidecar(out) / JOURNAL) as journal, status:
             _sweep(job.out)
             budget = Budget(config.budget, _spent(journal))
             status.spending(budget, priced=config.prices is not None)
@@ -87,12 +94,18 @@ def make(
             status.phase("writing the dataset")
             header, short = write(job.out, built, journal, status)
     except KeyboardInterrupt:
-        raise Paused(f"interrupted; {GO_ON}") from None
+        raise Paused(f"interrupted; {_so_far(status, total)}; {GO_ON}") from None
+    except Paused as error:
+        raise Paused(f"{error}; {_so_far(status, total)}") from error
     if stopped:
         raise Paused(f"{stopped}; {header.counts['records']:,} of {total:,} records are in {out}; raise the budget and "
                      f"{GO_ON}")  # fmt: skip
     money = f", {usd(budget.spent.cost)} USD" if config.prices else ""
     return Made(header, short, f"{budget.spent.tokens:,} tokens{money} spent")
+
+
+def _so_far(status: Status, total: int) -> str:
+    return f"{status.accepted:,} of {total:,} records are accepted, and the dataset is written at the end"
 
 
 def _require_some(total: int) -> None:
@@ -148,7 +161,7 @@ async def _ask(
         status.say(f"  {line}")
     sender.unique_ids = can.unique_ids
     sender.stream = streams(protocol, can, config)
-    prompts = open_prompts(config, job.seed, tools=can.tools, room=room(opened, config, protocol))
+    prompts = open_prompts(config, job.seed, tools=can.tools, room=room(opened, config, protocol), files=job.files)
     for name, reason in prompts.left_out.items():
         status.say(f"  stratum {name} is left out: {reason}")
     plan = Plan(prompts, prompts.quotas(job.total))
@@ -161,8 +174,10 @@ async def _ask(
         if not plan.accepted:
             raise
         stopped = error
+    built = Built(plan, prompts, protocol, can, server, job.spec, opened.tokenizer, config, job.seed)
+    journal.keep(RUN + run_id(built), "")
     await journal.flush()
-    return Built(plan, prompts, protocol, can, server, job.spec, opened.tokenizer, config, job.seed), stopped
+    return built, stopped
 
 
 def _spent(journal: Journal) -> Totals:
@@ -171,19 +186,20 @@ def _spent(journal: Journal) -> Totals:
     return found.get("settled", Totals()) + found.get("uncertain", Totals())
 
 
-def _config(args: argparse.Namespace) -> MixConfig:
-    """The mix, with what the command line says in its place."""
+def _config(args: argparse.Namespace) -> tuple[MixConfig, str]:
+    """The mix, with what the command line says in its place, and what errors call it."""
+    name = str(args.config or DEFAULT_CONFIG)
     if args.config is None and not DEFAULT_CONFIG.is_file():
-        config = MixConfig()
+        config, name = MixConfig(), "the mix"
     else:
-        config = load(args.config or DEFAULT_CONFIG, MixConfig)
+        config = load(name, MixConfig)
     given: dict[str, Any] = {"model": args.model or config.model}
     if args.budget_usd is not None or args.budget_tokens is not None:
         given["budget"] = {
             "usd": config.budget.usd if args.budget_usd is None else args.budget_usd,
             "tokens": config.budget.tokens if args.budget_tokens is None else args.budget_tokens,
         }
-    return build(as_dict(config) | given, MixConfig, "the mix")
+    return build(as_dict(config) | given, MixConfig, name), name
 
 
 @stage_main
@@ -203,24 +219,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which prompts, in which order")
     parser.add_argument("--budget-usd", type=float, help="US dollars that may be spent, over all starts")
     parser.add_argument("--budget-tokens", type=int, help="tokens that may be spent, over all starts")
-    parser.add_argument("--fork", action="store_true", help="go on in a journal that was begun with other settings")
+    parser.add_argument("--fork", action="store_true", help="go on in a journal of another teacher or other settings: "
+                        "everything is asked anew, what was asked before is kept and counts as spent")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="show the mix; ask nothing")
     args = parser.parse_args(argv)
-    config = _config(args)
+    config, name = _config(args)
     if args.dry_run:
-        return _dry_run(args, config)
-    made = make(args.out, args.teacher, args.total, config, seed=args.seed, fork=args.fork)
+        return _dry_run(args, config, name)
+    made = make(args.out, args.teacher, args.total, config, seed=args.seed, fork=args.fork, name=name)
     for line in _summary(args.out, made, config):
         print(line)
     return 1 if made.short else 0
 
 
-def _dry_run(args: argparse.Namespace, config: MixConfig) -> int:
+def _dry_run(args: argparse.Namespace, config: MixConfig, name: str) -> int:
     _require_some(args.total)
     kind = parse_spec(args.teacher).kind
     local = kind != "endpoint"
     room = config.context - longest_answer(config, local=local, reasons=False) if kind == "gguf" else None
-    prompts = open_prompts(config, args.seed, tools=True, room=room)
+    prompts = open_prompts(config, args.seed, tools=True, room=room, files=read_files(config, name))
     for line in Forecast(prompts, args.total, config, local=local, out=Path(args.out)).lines():
         print(line)
     print("strata with tools are left out where the teacher makes no calls: the probe finds out")
@@ -234,8 +251,9 @@ def _summary(out: str, made: Made, config: MixConfig) -> Iterator[str]:
     if header.logprobs:
         engine = header.teacher.logits_engine or "the endpoint"
         kept = f"{n['completion_tokens']} top-{header.logprobs.k} distributions from {engine}"
+    where = f"at {header.teacher.host}" if header.teacher.host else f"in {header.teacher.text_engine}"
     yield (f"{out}: {n['records']} records ({n['train']} train, {n['val']} val; {n['rejected']} rejected) from "
-           f"{header.teacher.text_engine}; {kept}; {made.spent}")  # fmt: skip
+           f"{header.teacher.model} {where}; {kept}; {made.spent}")  # fmt: skip
     yield f"report: {kd.sidecar(out) / 'report.html'}"
     if not n["val"] and config.val_share:
         yield (f"nothing is held out for validation: val_share {config.val_share:g} of {n['records']} records, by a "

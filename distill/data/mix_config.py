@@ -14,10 +14,11 @@ OPERATIONAL = {
     "concurrency", "slots", "rpm", "tpm", "timeout_s", "deadline_s", "attempts", "stream", "budget",
 }  # fmt: skip
 """Keys that change no answer."""
+_LONGEST_CONTEXT = 131_072  # tokens: documents that long take time to make, for whoever validates them, too
 
 
 class MixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """configs/kd_mix.yaml: what a teacher is asked, and how."""
+    """configs/kd_mix.yaml: what a teacher is asked, and how. Relative paths start at the working directory."""
 
     model: str | None = None
     """The endpoint's model id; null takes the only one that it lists."""
@@ -86,6 +87,10 @@ class MixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 1 <= self.long_context_tokens <= _LONGEST_CONTEXT:
+            raise ValueError(
+                f"long_context_tokens must be from 1 to {_LONGEST_CONTEXT}, not {self.long_context_tokens}"
+            )
         if not 0 <= self.val_share < 1 or not 0 < self.top_p <= 1 or not 0 <= self.temperature <= 2:
             raise ValueError("val_share must be in [0, 1), top_p in (0, 1], temperature in [0, 2]")
         if self.timeout_s <= 0 or self.deadline_s <= 0:
@@ -94,8 +99,7 @@ class MixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError("quota_tolerance must be in [0, 1), near_duplicates in (0, 1]")
         if self.budget.usd is not None and self.prices is None:
             raise ValueError(
-                "budget.usd needs prices in the mix (configs/kd_mix.yaml), US dollars a million tokens, such as "
-                "prices: {input: 0.60, output: 2.50}"
+                "budget.usd needs prices, US dollars a million tokens, such as prices: {input: 0.60, output: 2.50}"
             )
         if self.reasoning == "learn" and not self.licence.reasoning_allowed:
             raise ValueError("reasoning: learn needs licence.reasoning_allowed: true")

@@ -102,7 +102,10 @@ def _spent(facts: Mapping[str, Any]) -> str:
     rows = [(f"{name} tokens", found["sum"], found["per_record"]) for name, found in (facts["usage"] or {}).items()]
     if facts.get("cost_usd") is not None:
         rows.append(("USD, rejected answers included", facts["cost_usd"], facts["cost_usd_per_record"]))
-    return _table(("of the records", "in all", "each"), rows) if rows else "<p>The server counted nothing.</p>"
+    out = _table(("of the records", "in all", "each"), rows) if rows else "<p>The server counted nothing.</p>"
+    if facts.get("cost_usd") is None:
+        out += "<p>No cost: the mix has no prices.</p>"
+    return out + "<p>The tokens of rejected answers are not in this table; distill kd-ledger counts them too.</p>"
 
 
 def _strata(facts: Mapping[str, Any]) -> str:
@@ -118,7 +121,7 @@ def _strata(facts: Mapping[str, Any]) -> str:
 def _rejected(facts: Mapping[str, Any]) -> str:
     accepted, reasons = facts["counts"]["records"], facts.get("rejected", {})
     said = f"<p>{accepted:,} answers were accepted, {facts['counts']['rejected']:,} rejected.</p>"
-    return said + (_table(("reason", "answers"), reasons.items()) if reasons else "")
+    return said + (_table(("reason", "answers"), reasons.items()) + "<p>rejects.jsonl has each.</p>" if reasons else "")
 
 
 def _distributions(facts: Mapping[str, Any]) -> str:

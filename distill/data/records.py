@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from distill.artifacts import atomic_file, require_regular, sha256_file
+from distill.data.journal import JOURNAL
 from distill.data.page import page
 from distill.data.schema import (
     Header,
@@ -39,13 +40,14 @@ from distill.data.schema import (
 from distill.data.store.distributions import Distribution
 from distill.data.store.store import TopK, Writer
 from distill.data.store.store import metadata as topk_metadata
-from distill.data.tally import Tally
+from distill.data.tally import Tally, stored_facts
 from distill.errors import DatasetError, InputError, describe_os_error
 from distill.tokenizer import Tokenizer
 
 __all__ = [
-    "SIDECAR_FILES", "Dataset", "Header", "LogprobInfo", "LogprobRef", "Record", "Teacher", "Usage", "completion_ids",
-    "decode_record", "make_header", "read_header", "read_lines", "sidecar", "split_of", "turn_text", "write_dataset",
+    "SIDECAR_FILES", "Dataset", "Header", "LogprobInfo", "LogprobRef", "Record", "Teacher", "Usage", "absent",
+    "completion_ids", "decode_record", "make_header", "read_header", "read_lines", "sidecar", "split_of", "turn_text",
+    "write_dataset",
 ]  # fmt: skip
 SIDECAR_FILES = (
     "header.json", "logprobs.safetensors", "tokenizer.json", "rejects.jsonl", "report.json", "report.html",
@@ -149,10 +151,7 @@ def _finish_store(out: Path, writer: Writer, header: Header, tokenizer: Tokenize
     """Write the store; the header with its fidelity, and what the report says of it."""
     assert header.logprobs is not None
     info = msgspec.structs.replace(header.logprobs, kl_to_exact=writer.finish(out, _store_metadata(header, tokenizer)))
-    size = out.stat().st_size
-    stored = {"k": info.k, "codec": info.codec, "tail": info.tail, "tokens": writer.tokens, "bytes": size,
-              "bytes_per_token": round(size / max(writer.tokens, 1), 1), "kl_to_exact": info.kl_to_exact}  # fmt: skip
-    return msgspec.structs.replace(header, logprobs=info), stored
+    return msgspec.structs.replace(header, logprobs=info), stored_facts(info, writer.tokens, out.stat().st_size)
 
 
 def _store_metadata(header: Header, tokenizer: Tokenizer) -> dict[str, str]:
@@ -261,8 +260,17 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                 if not line.endswith(b"\n") or not line.strip():
                     raise DatasetError(f"{path}:{number}: the line is {'blank' if line.strip() == b'' else 'cut off'}")
                 yield number, line
+    except FileNotFoundError as error:
+        raise absent(path) from error
     except OSError as error:
         raise DatasetError(f"cannot read dataset {describe_os_error(error, path)}") from error
+
+
+def absent(path: str | Path) -> DatasetError:
+    """What to say where no dataset is."""
+    if (sidecar(path) / JOURNAL).is_file():
+        return DatasetError(f"{path}: no dataset yet, but the journal of a run; to go on, start that run again")
+    return DatasetError(f"{path}: no such dataset")
 
 
 def read_header(path: str | Path) -> Header:

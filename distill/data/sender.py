@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from distill.artifacts import canonical_json, sha256_text
 from distill.data.budget import Budget, Prices, prompt_bound, usd
-from distill.data.journal import Answer, Dead, Journal, Settlement
+from distill.data.journal import Answer, Dead, Journal, Settlement, State
 from distill.data.schema import Usage
 from distill.data.teacher.admission import Admission
 from distill.data.teacher.outcomes import Outcome, judge
@@ -29,6 +29,7 @@ _REFUSED_AT_THE_START = 3  # requests, before any was ever answered
 _BYTES_PER_TOKEN = 3  # of a prompt, roughly: for limits a minute, which a server keeps by its own estimate
 _LONGEST_REFUSAL = 30 * 60.0  # seconds of nothing but 429 after which the run pauses
 _SURPLUS = "surplus"
+_LONGEST_ID = 200  # characters
 
 
 class Request(NamedTuple):
@@ -71,7 +72,7 @@ class Sender:
         self._surplus = _kept_surplus(journal)
         self.unique_ids = False
         """Whether the server numbers its answers: then one that comes again is not taken for another's."""
-        self._ids: set[str] = set()
+        self._ids = journal.answered_ids()
         self.stopping = asyncio.Event()
         self._waiting: set[asyncio.Task[Any]] = set()
 
@@ -206,11 +207,11 @@ class Sender:
         """A late copy of an earlier answer would be taken for the answer to the next request on its connection, and
         from there on each for the next one's: HTTP/1.1 cannot tell."""
         outcome = judge(exchange, time.time())
-        if outcome.kind == "answer" and outcome.reply and self.unique_ids:
-            if outcome.reply.id in self._ids:
+        if outcome.kind == "answer" and outcome.reply and outcome.reply.id:
+            if self.unique_ids and outcome.reply.id[:_LONGEST_ID] in self._ids:
                 self._transport.distrust()
                 return Outcome("retry", 0.0, "keep", "an answer that was given before")
-            self._ids.add(outcome.reply.id)
+            self._ids.add(outcome.reply.id[:_LONGEST_ID])
         return outcome
 
     def _enter(self, key: bytes, purpose: str, number: int, end: Settlement, exchange: Exchange,
@@ -223,12 +224,13 @@ class Sender:
             self._journal.settle(number, end)
 
     def _settlement(self, exchange: Exchange, outcome: Outcome) -> Settlement:
-        detail = "" if outcome.kind == "answer" else outcome.detail
-        if outcome.charge == "release":
-            return Settlement("released", exchange.status, detail)
-        if outcome.charge == "keep":
-            return Settlement("uncertain", exchange.status, detail)
-        usage = outcome.reply.usage if outcome.reply else None
+        if outcome.kind == "answer" and outcome.reply:
+            detail, usage = outcome.reply.id[:_LONGEST_ID], outcome.reply.usage
+        else:
+            detail, usage = outcome.detail, None
+            if outcome.charge != "settle":
+                state: State = "released" if outcome.charge == "release" else "uncertain"
+                return Settlement(state, exchange.status, detail)
         if usage is None:
             return Settlement("settled", exchange.status, detail)
         return Settlement("settled", exchange.status, detail, usage, self._prices.cost(usage) if self._prices else 0)

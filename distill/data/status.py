@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from types import TracebackType
 
 from rich.console import Console
@@ -35,7 +34,9 @@ class Status:
         self._task = self._progress.add_task("starting", total=total, note="")
         self._budget: Budget | None = None
         self._priced = False
-        self.rejects: Counter[str] = Counter()
+        self._counts = False
+        self.accepted = 0
+        """Answers, those of earlier starts included."""
         self._said: dict[str, float] = {}
         self._halt = threading.Event()
         self._thread = threading.Thread(target=self._show, name="status", daemon=True)
@@ -43,7 +44,7 @@ class Status:
 
     def _restart(self, total: int) -> None:
         self._began, self._total = time.monotonic(), total
-        self._accepted = self._known = self._tokens = self._ended = 0
+        self._done = self._known = self._tokens = self._ended = self._rejected = 0
 
     def __enter__(self) -> Status:
         self._progress.start()
@@ -60,6 +61,7 @@ class Status:
 
     def phase(self, name: str, total: int | None = None) -> None:
         """A new phase begins; with `total`, one of so many records."""
+        self._counts = total is not None
         if total is not None:
             self._restart(total)
             self._progress.update(self._task, total=total, completed=0, note="")
@@ -77,9 +79,10 @@ class Status:
     def ended(self, end: Accepted | Rejected, *, fresh: bool) -> None:
         """An episode ended; `fresh` unless the journal had it already."""
         if isinstance(end, Accepted):
-            self._accepted += 1
+            self.accepted += 1
+            self._done += 1
         else:
-            self.rejects[end.reason] += 1
+            self._rejected += 1
         if fresh:
             self._ended += 1
             self._tokens += sum(usage.completion for usage in end.usages)
@@ -88,7 +91,7 @@ class Status:
 
     def captured(self, tokens: int) -> None:
         """A record's logits were read."""
-        self._accepted += 1
+        self._done += 1
         self._ended += 1
         self._tokens += tokens
 
@@ -116,25 +119,25 @@ class Status:
         while not self._halt.wait(0.2):
             if self._live:
                 self._refresh()
-            elif time.monotonic() - began > _LINE_EVERY and self._accepted + self.rejects.total() != last:
-                last, began = self._accepted + self.rejects.total(), time.monotonic()
-                self.say(f"  {self._accepted:,} of {self._total:,}  {self._note()}")
+            elif self._counts and time.monotonic() - began > _LINE_EVERY and self._done + self._rejected != last:
+                last, began = self._done + self._rejected, time.monotonic()
+                self.say(f"  {self._done:,} of {self._total:,}, {self._note()}")
 
     def _refresh(self) -> None:
-        self._progress.update(self._task, completed=self._accepted, note=self._note())
+        self._progress.update(self._task, completed=self._done, note=self._note())
 
     def _note(self) -> str:
         """Time left, money, rate, rejects: what matters first, for a narrow terminal cuts off the rest."""
         seconds = max(time.monotonic() - self._began, 1e-3)
         parts = []
-        gained = self._accepted - self._known
-        if gained > 0 and self._accepted < self._total:
-            parts.append(_clock(seconds / gained * (self._total - self._accepted)) + " left")
+        gained = self._done - self._known
+        if gained > 0 and self._done < self._total:
+            parts.append(_clock(seconds / gained * (self._total - self._done)) + " left")
         if self._budget and self._priced:
             limit = self._budget.limits.usd
             parts.append(f"${usd(self._budget.spent.cost)}{f' of ${limit:g}' if limit else ''}")
-        if rejected := self.rejects.total():
-            parts.append(f"{rejected:,} rejected")
+        if self._rejected:
+            parts.append(f"{self._rejected:,} rejected")
         parts += [f"{self._ended / seconds:,.1f}/s", f"{self._tokens / seconds:,.0f} tok/s"]
         if self._known:
             parts.append(f"{self._known:,} known")

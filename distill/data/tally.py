@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from distill.data.schema import Record, Usage, tools_sha256, turn_text
+from distill.data.schema import LogprobInfo, Record, Usage, tools_sha256, turn_text
 
 _SAMPLES = 6  # conversations to show with tool calls, and as many without
 
@@ -23,6 +23,11 @@ class Lengths:
         """One more."""
         self._n, self._sum, self._most = self._n + 1, self._sum + length, max(self._most, length)
         self._bins[max(length - 1, 0).bit_length()] += 1
+
+    def merge(self, other: Lengths) -> None:
+        """As if those of another had been added here."""
+        self._n, self._sum, self._most = self._n + other._n, self._sum + other._sum, max(self._most, other._most)
+        self._bins += other._bins
 
     def facts(self) -> dict[str, Any]:
         """Empty of no lengths. `up_to` counts by the upper edge of each bin, without gaps."""
@@ -61,14 +66,32 @@ class Tally:
         others = sum(len(turn.content) for turn in record.messages if turn.origin != "teacher")
         tool_turns = sum(bool(turn.tool_calls) for turn in learned)
         self._tool_turns[tool_turns] += 1
-        shown = self._shown[tool_turns > 0]
-        if len(shown) < _SAMPLES and all(record.stratum != other.stratum for other in shown):
-            shown.append(record)
+        self._show(record, calls=tool_turns > 0)
         self._lengths["prompt_characters"].add(others)
         self._lengths["answer_characters"].add(sum(len(turn_text(turn)) for turn in learned))
         if record.usage is not None:
             self._lengths["answer_tokens"].add(record.usage.completion)
             self._usage = (self._usage or Usage()) + record.usage
+
+    def _show(self, record: Record, *, calls: bool) -> None:
+        shown = self._shown[calls]
+        if len(shown) < _SAMPLES and all(record.stratum != other.stratum for other in shown):
+            shown.append(record)
+
+    def merge(self, other: Tally) -> None:
+        """As if the records of another, which come after those here, had been added here."""
+        for name, n in other.counts.items():
+            self.counts[name] += n
+        self._strata += other._strata
+        self._tools |= other._tools
+        self._tool_turns += other._tool_turns
+        for name, lengths in other._lengths.items():
+            self._lengths[name].merge(lengths)
+        if other._usage is not None:
+            self._usage = (self._usage or Usage()) + other._usage
+        for calls, shown in other._shown.items():
+            for record in shown:
+                self._show(record, calls=calls)
 
     @property
     def samples(self) -> list[Record]:
@@ -86,3 +109,9 @@ class Tally:
             "tool_turns": {str(turns): n for turns, n in sorted(self._tool_turns.items())},
             "usage": usage,
         }
+
+
+def stored_facts(info: LogprobInfo, tokens: int, size: int) -> dict[str, Any]:
+    """What report.json says of a store of so many tokens and bytes."""
+    return {"k": info.k, "codec": info.codec, "tail": info.tail, "tokens": tokens, "bytes": size,
+            "bytes_per_token": round(size / max(tokens, 1), 1), "kl_to_exact": info.kl_to_exact}  # fmt: skip

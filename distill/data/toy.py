@@ -60,15 +60,19 @@ def build(kind: str = "tools", n: int = 128, seed: int = 0) -> ToySet:
     paths = [tokenizer.encode(kd.turn_text(turn) + TURN_END) for turn in turns]
     made = [_record(kind, sample, turns) for sample in samples]
     distributions = [_teach(paths, sample.answer, tokenizer) for sample in samples]
-    header = kd.make_header(
+    return ToySet(made, distributions, header_of(kind, n, seed, sha256_text("\n".join(record.id for record in made))))
+
+
+def header_of(kind: str, n: int, seed: int, prompts_sha256: str = "") -> kd.Header:
+    """The header of such a set before it is written."""
+    return kd.make_header(
         config={"kind": kind, "n": n, "seed": seed},
         sampling={"decoding": "argmax", "favourite": FAVOURITE, "noise": NOISE},
         teacher=kd.Teacher("toy", f"toy-{kind}", text_engine="answer trie", logits_engine="answer trie"),
-        prompts_sha256=sha256_text("\n".join(record.id for record in made)),
-        tokenizer=tokenizer,
+        prompts_sha256=prompts_sha256,
+        tokenizer=toy_tokenizer(),
         logprobs=kd.LogprobInfo(k=TOP_K, temperature=1.0, kind="raw", tail="logsumexp", codec="exact"),
     )
-    return ToySet(made, distributions, header)
 
 
 def write(path: str | Path, kind: str = "tools", n: int = 128, seed: int = 0) -> kd.Header:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from distill.artifacts import require_regular, sha256_file, write_json
+from distill.artifacts import code_version, require_regular, sha256_file, write_json
 from distill.data import records as kd
 from distill.data.rules import files as rules_files
 from distill.data.rules.answers import heard_problems, journal_problems
@@ -26,16 +26,18 @@ from distill.data.rules.block import BLOCK, MAX_FINDINGS, Checker, Done, Options
 from distill.data.rules.header import header_problems, total_problems
 from distill.data.rules.order import Unknown, order_problems
 from distill.data.rules.record import RULES
+from distill.data.rules.report import PAGE, REPORT, page_problems, read_report, report_problems
+from distill.data.rules.report import Report as Stated
 from distill.data.rules.secrets import secret_in
-from distill.data.rules.view import strings
+from distill.data.rules.view import repeated_key, strings
 from distill.data.rules.whole import Whole
-from distill.errors import DatasetError, InputError, stage_main
+from distill.errors import InputError, stage_main
 from distill.gates import Gate, exit_code, holds, skipped, summary, table, to_json
 
 TABLE: dict[str, str] = {
-    "files": "every file listed is there, under its sha256",
-    "header": "the header is complete; what is made again is equal, in report.json too",
-    "schema": "every line is a record",
+    "files": "every file listed is one of a dataset's and there, under its sha256",
+    "header": "the header is complete; what is made again is equal, in report.json and report.html too",
+    "schema": "every line is a record that gives no key twice",
     "run_id": "records are of the header's run",
     "ids": "ids are unique, none is also a reject's, and each is the hash of what was asked",
     "split": "the split is what the id gives",
@@ -44,7 +46,7 @@ TABLE: dict[str, str] = {
     "offered": "called tools are offered, arguments fit their JSON schema",
     "spans": "targets are the rendered text's, in characters, bytes and tokens",
     "loss": "only the teacher's words are learned",
-    "distributions": "the store is sound; rows fit their tokens; each is used once, in order",
+    "distributions": "the store is sound; rows fit their tokens, in order; an endpoint's are the journal's",
     "bytes": "no lost bytes; carriage returns are flagged",
     "secrets": "no keys, tokens or passwords, in the files beside it either",
     "personal_data": "personal data, by the policy of --pii",
@@ -54,8 +56,8 @@ TABLE: dict[str, str] = {
     "quotas": "each stratum has its quota, and there is no other",
     "provenance": "hashes of requests, answers and tool results; those made again are equal",
     "journal": "each record is what the journal's answers make of its prompt",
-    "order": "records and rejects stand in the order of the mix's prompts; none is missing",
-    "costs": "costs sum to the header's, which the ledger has paid, answer by answer",
+    "order": "records and rejects stand in the order of the mix's prompts; none that was asked is missing",
+    "costs": "costs are those of usage and prices; they sum to the header's, which the ledger has paid",
     "finish": "turns end for an allowed reason",
     "rejects": "every reject has an id of its own and a known reason",
     "outliers": "unusual lengths and scripts, reported only",
@@ -89,7 +91,7 @@ def validate(path: str | Path, options: Options | None = None) -> Report:
     path, options = Path(path), options or Options()
     if not path.is_file():
         require_regular(path)
-        raise DatasetError(f"{path}: no such dataset")
+        raise kd.absent(path)
     header = kd.read_header(path)
     options = options._replace(eval_sets=(*options.eval_sets, *_named_sets(header, options.eval_sets)))
     checker = Checker(path, header, options)
@@ -129,6 +131,15 @@ def _named_sets(header: kd.Header, given: tuple[Path, ...]) -> Iterator[Path]:
             yield path
 
 
+def _changed_sets(header: kd.Header) -> Iterator[str]:
+    """Evaluation sets that the configuration names, where they are something else now."""
+    named = header.config.get("decontaminate")
+    for name in named if isinstance(named, list) else ():
+        path = Path(str(name))
+        if path.is_file() and sha256_file(path) not in header.decontamination.values():
+            yield path.name
+
+
 class _Notes:
     """What was found, and how often each rule was broken."""
 
@@ -162,7 +173,8 @@ def _finish(path: Path, header: kd.Header, checker: Checker, whole: Whole, notes
     _header_problems(path, header, checker, notes)
     for what in rules_files.file_problems(path, header, digest):
         notes.add("files", HEADER, what)
-    rejects = rules_files.read_rejects(kd.sidecar(path) / rules_files.REJECTED, header.quotas)
+    rejects = rules_files.read_rejects(kd.sidecar(path) / rules_files.REJECTED, header)
+    report = read_report(kd.sidecar(path) / REPORT)
     for rule, line, what in rejects.problems:
         notes.add(rule, f"{rules_files.REJECTED}:{line}", what)
     if checker.store is not None:
@@ -172,9 +184,14 @@ def _finish(path: Path, header: kd.Header, checker: Checker, whole: Whole, notes
         for name, sha256 in checker.context.evaluation.sha256s.items():
             if header.decontamination.get(name, sha256) != sha256:
                 notes.add("contamination", name, "is not the evaluation set that the header names: other bytes")
+    for name in _changed_sets(header) if checker.deep else ():
+        notes.add("contamination", name, "is not the evaluation set that the header names: other bytes")
     if not notes.broken["schema"]:  # a record that cannot be read cannot be counted
-        _totals(path, header, checker, whole, rejects, notes)
-    _order(header, checker, whole, rejects, notes, path.name)
+        _totals(path, header, checker, whole, rejects, report, notes)
+    _order(header, checker, whole, rejects, report, notes, path.name)
+    same = header.created_by.get("code") == code_version() and not notes.broken.keys() - _ALWAYS_REPORTED
+    for rule, what in page_problems(kd.sidecar(path) / PAGE, report, header, whole, same=same):
+        notes.add(rule, PAGE, what)
 
 
 def _header_problems(path: Path, header: kd.Header, checker: Checker, notes: _Notes) -> None:
@@ -182,6 +199,8 @@ def _header_problems(path: Path, header: kd.Header, checker: Checker, notes: _No
     for what in header_problems(header, checker.context.tokenizer):
         notes.add("header", HEADER, what)
     raw = (kd.sidecar(path) / HEADER).read_bytes().decode(errors="replace")
+    if repeated_key(raw.encode()):
+        notes.add("header", HEADER, "gives a key twice")
     if kind := secret_in(raw) or secret_in("\n".join(strings(msgspec.to_builtins(header)))):
         notes.add("secrets", HEADER, f"holds what looks like a secret ({kind})")
     if checker.answers is not None:
@@ -190,8 +209,9 @@ def _header_problems(path: Path, header: kd.Header, checker: Checker, notes: _No
 
 
 def _totals(
-    path: Path, header: kd.Header, checker: Checker, whole: Whole, rejects: rules_files.Rejects, notes: _Notes
-) -> None:
+    path: Path, header: kd.Header, checker: Checker, whole: Whole, rejects: rules_files.Rejects, report: Stated,
+    notes: _Notes,
+) -> None:  # fmt: skip
     """What the files beside the records say of them all."""
     deep = checker.deep
     for clash in whole.among({reject.id for reject in rejects.rows}):
@@ -202,8 +222,8 @@ def _totals(
         notes.add("costs", HEADER, what)
     for what in total_problems(header, whole, rejects.lines, deep=deep):
         notes.add("header", HEADER, what)
-    for rule, what in rules_files.report_problems(kd.sidecar(path) / rules_files.REPORT, header, whole, rejects):
-        notes.add(rule, rules_files.REPORT, what)
+    for rule, what in report_problems(path, report, header, whole, rejects):
+        notes.add(rule, REPORT, what)
     for what in whole.unused(len(checker.store)) if checker.store is not None else ():
         notes.add("distributions", rules_files.STORE, what)
     if checker.answers is not None and not notes.broken["journal"] and not notes.broken["ids"]:
@@ -212,13 +232,14 @@ def _totals(
 
 
 def _order(
-    header: kd.Header, checker: Checker, whole: Whole, rejects: rules_files.Rejects, notes: _Notes, name: str
-) -> None:
+    header: kd.Header, checker: Checker, whole: Whole, rejects: rules_files.Rejects, report: Stated, notes: _Notes,
+    name: str,
+) -> None:  # fmt: skip
     """The order of the prompts, where they can be made again."""
     if not checker.deep:
         return
     try:
-        for found in order_problems(header, whole, rejects.rows, checker.answers):
+        for found in order_problems(header, whole, rejects.rows, checker.answers, report.prompts):
             notes.add("order", f"{name}:{found.line}" if found.line else HEADER, found.what)
     except Unknown as error:
         notes.unknown["order"] = str(error)

@@ -135,3 +135,28 @@ def softmax_times(z_RV: Tensor, weight_R: Tensor | None) -> Tensor:
     if weight_R is not None:
         z_RV.mul_((weight_R / mass_R)[:, None])
     return top_R + mass_R.log()
+
+
+def top_k(log_p_NV: Tensor, k: int) -> TopK:
+    """The likeliest k of whole distributions, and the mass of all others as a logsumexp of theirs."""
+    logprobs_NK, ids_NK = log_p_NV.topk(k)
+    return TopK(ids_NK, logprobs_NK, log_p_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1))
+
+
+def sampled(log_p_NV: Tensor, draws: int, generator: torch.Generator, *, exact: int = 0) -> Sampled:
+    """Draws with replacement, each counting 1 / draws; the likeliest `exact` as they are, and draws from all others.
+
+    Unbiased either way; the second varies less.
+    """
+    p_NV = log_p_NV.exp()
+    if not exact:
+        ids_NK = torch.multinomial(p_NV, draws, replacement=True, generator=generator)
+        return Sampled(ids_NK, log_p_NV.gather(1, ids_NK), torch.full_like(ids_NK, 1 / draws, dtype=p_NV.dtype))
+    likeliest = top_k(log_p_NV, exact)
+    more_NK = torch.multinomial(p_NV.scatter(1, likeliest.ids_NK, 0.0), draws, replacement=True, generator=generator)
+    each_NK = (likeliest.tail_N.exp() / draws)[:, None].expand(-1, draws)
+    return Sampled(
+        torch.cat([likeliest.ids_NK, more_NK], 1),
+        torch.cat([likeliest.logprobs_NK, log_p_NV.gather(1, more_NK)], 1),
+        torch.cat([likeliest.logprobs_NK.exp(), each_NK], 1),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -18,12 +19,15 @@ from distill import artifacts
 from distill.broker import Broker, Tool
 from distill.data import records as kd
 from distill.data.episodes import reply_sha256
+from distill.data.page import page
 from distill.data.schema import Call, Licence, Provenance, Turn, Usage, tools_sha256
 from distill.data.store.distributions import Distribution
 from distill.data.store.store import EXACT, TopK, Writer
+from distill.data.tally import Tally, stored_facts
 from distill.data.targets import lay_out
 from distill.data.teacher.wire import Reply
 from distill.draw import Draw
+from distill.errors import DatasetError
 from distill.tokenizer import Tokenizer, toy_tokenizer
 
 K = 6
@@ -186,7 +190,22 @@ def reseal(path: Path) -> None:
         })  # fmt: skip
 
     edit_header(path, change)
+    with contextlib.suppress(DatasetError):  # of what are no records, nothing is said
+        _reseal_page(path)
     reseal_files(path)
+
+
+def _reseal_page(path: Path) -> None:
+    """Make what report.json and report.html say of the records true again."""
+    file, header, tally = kd.sidecar(path) / "report.json", kd.read_header(path), Tally()
+    for number, line in kd.read_lines(path):
+        tally.add(kd.decode_record(line, path, number))
+    stored = {}
+    if header.logprobs is not None and (store := file.with_name("logprobs.safetensors")).is_file():
+        size = store.stat().st_size
+        stored = {"distributions": stored_facts(header.logprobs, header.counts["completion_tokens"], size)}
+    _report(file, tally.facts() | stored | {"counts": header.counts})
+    file.with_name("report.html").write_text(page(header, msgspec.json.decode(file.read_bytes()), tally.samples))
 
 
 def reseal_files(path: Path) -> None:

@@ -49,10 +49,28 @@ def test_a_mix_can_be_looked_at_before_it_is_paid_for(tmp_path: Path) -> None:
     assert table["mine"][:3] == ["2", "2", "2"] and table["mine"][4] == "1"
     assert any(line.startswith("in all") and line.split()[2:5] == ["60"] * 3 for line in lines)
     assert "tool_single is left out: the teacher cannot call tools" in lines
-    place = next(i for i, line in enumerate(lines) if line.startswith("duplicate: mine "))
-    assert "mine.jsonl:" in lines[place] and "rain" in lines[place]
-    assert lines[place + 1].strip().startswith("collides with '") and "rain" in lines[place + 1].lower()
+    place = next(i for i, line in enumerate(lines) if line.startswith("duplicate: mine: "))
+    assert "rain" in lines[place] and lines[place + 1].startswith("    mine.jsonl:")
+    assert lines[place + 2].startswith("    collides with: What is rain")
     assert all("\n" not in line and len(line) < 400 for line in lines)
+
+
+def test_words_shared_with_an_evaluation_set_are_shown_once_and_without_a_terminals_codes(tmp_path: Path) -> None:
+    text = 'Who said "all that glitters is not gold" in a play about a merchant of Venice?'
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": f"{text} \x1b[2J"}) + '\n{"prompt": "Another"}\n')
+    (tmp_path / "eval.txt").write_text(text + "\n")
+    sources = [SourceConfig(str(tmp_path / "mine.jsonl"))]
+    it = forecast(tmp_path / "x", 10, strata={}, sources=sources, decontaminate=[str(tmp_path / "eval.txt")])
+    lines = _lines(it)
+    place = next(i for i, line in enumerate(lines) if line.startswith("contaminated: mine: "))
+    assert 'Who said "all that' in lines[place] and "\x1b" not in lines[place]
+    assert "eval.txt line 1: who said all that glitters" in lines[place + 1]
+    assert not any("collides with" in line for line in lines)
+
+
+def test_what_is_expected_is_never_more_than_the_most(tmp_path: Path) -> None:
+    it = forecast(tmp_path / "x", 20, max_tokens=100)
+    assert it.answer == 100 and all(it.expected[name].tokens <= it.most[100][name].tokens for name in it.quotas)
 
 
 def test_every_stratum_is_counted_up_to_its_quota(tmp_path: Path) -> None:

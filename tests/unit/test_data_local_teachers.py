@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +108,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_text(toy_tokenizer().to_json())
     with pytest.raises(InputError, match="vocab_size 100 is smaller"):
         load_white_box(Spec("hf", str(tmp_path)))
+
+
+@pytest.mark.parametrize("opens", ["distill.data.teacher.local", "distill.data.store.bench", "distill.data.mix"])
+def test_libraries_of_a_local_teacher_draw_no_progress_bars(opens: str) -> None:
+    code = (
+        f"import {opens}\n"
+        "from distill.data.teacher.local import teacher_extra as extra\n"
+        "import torch; extra('gguf'), extra('transformers')\n"
+        "from tqdm.auto import tqdm\n"
+        "print(tqdm([1]).disable)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("True\n", "")

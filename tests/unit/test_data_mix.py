@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,34 @@ def test_a_budget_too_small_for_the_first_request_says_so(tmp_path: Path, capsys
     assert "0 of 10 tokens are spent and a request may take" in capsys.readouterr().err
 
 
+def test_ctrl_c_says_how_far_it_is_and_the_same_command_goes_on(tmp_path: Path, capsys) -> None:
+    def interrupting(body: dict[str, Any]) -> dict[str, Any]:
+        if len(stub.bodies) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return StubTeacher.default_answer(body)
+
+    (tmp_path / "mix.yaml").write_text(json.dumps({"strata": {"explain": 1.0}, "concurrency": 1, "timeout_s": 5}))
+    args = ["--out", str(tmp_path / "kd.jsonl"), "--total", "20", "--config", str(tmp_path / "mix.yaml"), "--teacher"]
+    with StubTeacher(answer=interrupting) as stub:
+        assert mix.main([*args, stub.url]) == Paused.exit_code
+        said = capsys.readouterr().err
+        assert re.search(r"paused: interrupted; .*; [1-9]\d? of 20 records are accepted, and the dataset is written at "
+                         "the end", said), said  # fmt: skip
+        assert not (tmp_path / "kd.jsonl").exists()
+        assert mix.main([*args, stub.url]) == 0
+
+
+def test_fork_is_explained_alike_wherever_it_is(tmp_path: Path, capsys) -> None:
+    with StubTeacher() as stub:
+        mix.make(tmp_path / "kd.jsonl", stub.url, 3, FAST, quiet=True)
+        with pytest.raises(InputError) as refused:
+            mix.make(tmp_path / "kd.jsonl", stub.url, 3, FAST, seed=1, quiet=True)
+    with pytest.raises(SystemExit):
+        mix.main(["--help"])
+    for said in (str(refused.value), capsys.readouterr().out, Path("docs/data.md").read_text()):
+        assert "everything is asked anew, what was asked before is kept and counts as spent" in " ".join(said.split())
+
+
 def test_reasoning_is_learned_only_where_the_licence_allows_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reasoning_allowed"):
         MixConfig(reasoning="learn")
@@ -235,12 +265,51 @@ def test_the_shipped_mix_is_the_default_one() -> None:
         ("temperature: 3", "temperature"),
         ("rpm: 0", "rpm must be at least 1"),
         ("reasoning: think", "reasoning"),
+        ("max_tokens: 'many'", r"mix\.yaml: max_tokens must be a whole number or null, not a string"),
+        ("budget: [5]", r"mix\.yaml: budget must be a mapping, not a list"),
+        ("sources: {path: x}", r"mix\.yaml: sources must be a list, not a mapping"),
     ],
 )
 def test_a_mix_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mix.yaml").write_text(text + "\n")
     with pytest.raises(ConfigError, match=message):
         load(tmp_path / "mix.yaml", MixConfig)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tools": ["absent.json"]}, "tools: cannot read absent.json: No such file or directory (looked in {cwd})"),
+        ({"fixtures": ["absent.jsonl"]},
+         "fixtures: cannot read absent.jsonl: No such file or directory (looked in {cwd})"),
+        ({"sources": [{"path": "absent.txt"}]},
+         "sources: cannot read absent.txt: No such file or directory (looked in {cwd})"),
+        ({"decontaminate": ["absent.txt"]},
+         "decontaminate: cannot read absent.txt: No such file or directory (looked in {cwd})"),
+        ({"tokenizer": "absent.json"}, "tokenizer: "),
+        ({"strata": {"explian": 1.0}}, "strata: unknown stratum 'explian'; the nearest is 'explain'"),
+        ({"strata": {"explain": 0.0}}, "strata: no positive weight, and no `sources`"),
+    ],
+)  # fmt: skip
+def test_what_a_mix_names_wrongly_costs_no_attempt_and_leaves_no_journal(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mix.yaml").write_text(json.dumps(keys))
+    with StubTeacher() as stub:
+        args = ["--out", "kd.jsonl", "--total", "3", "--config", "mix.yaml", "--teacher", stub.url]
+        assert mix.main(args) == 2 and not stub.bodies
+    assert f"error: mix.yaml: {message.format(cwd=tmp_path)}" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mix.yaml"]
+
+
+def test_an_unlisted_model_is_remarked_on_and_the_summary_names_model_and_host(tmp_path: Path, capsys) -> None:
+    args = ["--out", str(tmp_path / "kd.jsonl"), "--total", "3", "--model", "other", "--teacher"]
+    with StubTeacher() as stub:
+        assert mix.main([*args, stub.url]) == 0
+    said = capsys.readouterr()
+    assert "the endpoint does not list --model other; it lists stub-1" in said.err
+    assert "rejected) from other at 127.0.0.1; text only" in said.out
 
 
 def test_specs_are_read(tmp_path: Path) -> None:

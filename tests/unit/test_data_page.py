@@ -62,6 +62,13 @@ class Reader(HTMLParser):
         self.comments += 1
 
 
+def test_a_set_without_prices_says_so_and_where_all_tokens_are_counted(tmp_path: Path) -> None:
+    free = Reader(written(tmp_path, "x")).said
+    paid = Reader(written(tmp_path, "x", report=lambda: {"cost_usd": 1, "cost_usd_per_record": 1})).said
+    assert "No cost: the mix has no prices." in free and "No cost" not in paid and "USD, rejected answers" in paid
+    assert all("The tokens of rejected answers are not in this table" in said for said in (free, paid))
+
+
 def hostile(record: kd.Record, text: str) -> kd.Record:
     """A record that says `text` wherever a teacher, a prompt or a tool can say something."""
     call = Call("get_weather", {text: [text]}, "call_0")

@@ -315,8 +315,8 @@ def test_what_is_too_long_is_left_out_or_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"strata": {"poetry": 1.0}}, "poetry; known: explain"),
-        ({"strata": {"explain": -1.0}}, "a weight below 0"),
+        ({"strata": {"explian": 1.0}}, "the mix: strata: unknown stratum 'explian'; the nearest is 'explain'"),
+        ({"strata": {"explain": -1.0}}, "the weight of explain must be 0 or more, not -1.0"),
         ({"strata": {"explain": 0.0}}, "no positive weight"),
         ({"strata": {}}, "no positive weight"),
         ({"near_duplicates": 0.0}, "threshold"),

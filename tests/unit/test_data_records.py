@@ -12,6 +12,7 @@ from distill import artifacts
 from distill.data import records as kd
 from distill.data import toy
 from distill.data.schema import completion_ids
+from distill.data.validate import validate
 from distill.errors import DatasetError, InputError
 from distill.tokenizer import toy_tokenizer
 from tests.unit import kd_sets
@@ -127,6 +128,11 @@ def test_a_store_of_another_run_is_refused(path: Path, tmp_path: Path) -> None:
 def test_a_missing_dataset_or_header_is_one_clear_error(path: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"none\.jsonl"):
         kd.Dataset.open(tmp_path / "none.jsonl")
+    (tmp_path / "begun.jsonl.d").mkdir()
+    (tmp_path / "begun.jsonl.d" / "journal.sqlite").touch()
+    for opened in (kd.Dataset.open, validate):
+        with pytest.raises(DatasetError, match=r"begun\.jsonl: no dataset yet, but the journal of a run"):
+            opened(tmp_path / "begun.jsonl")
     (path.with_name("d.jsonl.d") / "header.json").unlink()
     with pytest.raises(DatasetError, match=r"not a kd/1 dataset.*header\.json"):
         kd.Dataset.open(path)

@@ -249,6 +249,29 @@ def test_an_answer_that_was_given_before_is_not_taken_for_another_requests(tmp_p
     assert ledger["uncertain"].attempts == 1, "the real answer to it may have been served"
 
 
+def test_answers_of_the_probe_and_of_earlier_runs_are_known_too(tmp_path: Path) -> None:
+    first, second = (GOOD._replace(body=GOOD.body[:-1] + f', "id": "{name}"}}'.encode()) for name in "ab")
+
+    async def probe(sender: Sender) -> Any:
+        return await sender.probe(BODY, False)
+
+    async def ask(sender: Sender) -> Any:
+        sender.unique_ids = True
+        return await sender.ask(REQUEST)
+
+    _run(tmp_path, Scripted(first), probe)
+    transport = Scripted(first, second)
+    answer, _ = _run(tmp_path, transport, ask)
+    assert answer.body == second.body and transport.distrusted == 1
+
+
+def test_an_answer_that_the_server_did_not_count_is_settled_as_reserved(tmp_path: Path) -> None:
+    silent = GOOD._replace(body=GOOD.body.replace(json.dumps(USAGE).encode(), b"null"))
+    answer, ledger = _run(tmp_path, Scripted(silent), lambda sender: sender.ask(REQUEST))
+    assert answer.body == silent.body and ledger["settled"].attempts == 1 and "uncertain" not in ledger
+    assert ledger["settled"].tokens > 50
+
+
 def test_a_combination_that_a_server_answers_with_500_is_the_probes_to_judge(tmp_path: Path) -> None:
     bad, busy = (_status(status, {"retry-after": "0"}, b'{"error": "tools need --jinja"}') for status in (500, 503))
     asked = BODY | {"tools": [{}]}

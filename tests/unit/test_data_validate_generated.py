@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import sqlite3
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -18,14 +21,18 @@ from distill import chat
 from distill.data import mix
 from distill.data import records as kd
 from distill.data.budget import Prices
+from distill.data.build import STOPPED
 from distill.data.journal import JOURNAL
 from distill.data.mix_config import MixConfig
 from distill.data.prompts.strata import make_prompt
+from distill.data.rules.files import STORE
 from distill.data.schema import Licence, run_id_of
+from distill.data.store.store import TopK, Writer
 from distill.data.validate import Finding, main, validate
 from distill.draw import Draw
 from distill.errors import DatasetError
 from distill.schema_values import value_of
+from distill.tokenizer import toy_tokenizer
 from tests.unit.kd_sets import edit_header, edit_lines, reseal, reseal_files, retell
 from tests.unit.stub_teacher import StubTeacher
 
@@ -239,6 +246,11 @@ def _paid_half(path: Path) -> None:
     reseal(path)
 
 
+def _forget_answer(path: Path) -> None:
+    key = json.loads(path.read_text().splitlines()[0])["provenance"]["request_sha256"][0]
+    _ledger(path, f"DELETE FROM answer WHERE key = x'{key}'")
+
+
 def _ledger(path: Path, sql: str) -> None:
     with sqlite3.connect(kd.sidecar(path) / JOURNAL) as db:
         db.execute(sql)
@@ -246,6 +258,60 @@ def _ledger(path: Path, sql: str) -> None:
 
 def _answered_anew(lines: Lines) -> None:
     with_calls(lines)["provenance"]["response_sha256"][0] = "a" * 64
+
+
+_REJECT_PAID = """UPDATE attempt SET cost = 0, prompt = 0, completion = 0 WHERE id IN (SELECT a.attempt FROM answer a
+WHERE instr(CAST(a.body AS TEXT), '"length"'))"""
+
+
+def _report(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    report = json.loads((kd.sidecar(path) / "report.json").read_text(), parse_float=Decimal)
+    change(report)
+    _text(path, "report.json", msgspec.json.Encoder(decimal_format="number").encode(report).decode())
+
+
+def _extra(path: Path) -> None:
+    edit_header(path, lambda header: header["files"].update({"extra.bin": "0" * 64}))
+    _text(path, "extra.bin", "hello")
+
+
+def _unpaid(path: Path, *names: str) -> None:
+    """A record without them, and a header that sums up."""
+    edit_lines(path, lambda lines: [lines[0].pop(name) for name in names])
+    parts = [*path.read_text().splitlines(), *(kd.sidecar(path) / "rejects.jsonl").read_text().splitlines()]
+    cost = sum((json.loads(part, parse_float=Decimal).get("cost_usd", 0) for part in parts), Decimal())
+    edit_header(path, lambda header: header.update(cost_usd=cost))
+
+
+def _else(reject: dict[str, Any]) -> str:
+    return "explain" if reject["stratum"] != "explain" else "arithmetic"
+
+
+def _licensed(path: Path) -> None:
+    licence = {"teacher_terms_url": "https://x", "accepted_by": "me", "reasoning_allowed": True}
+    edit_header(path, lambda header: header.update(licence=licence))
+    _mix(path, licence=licence)
+
+
+def _toy(path: Path) -> None:
+    (kd.sidecar(path) / JOURNAL).unlink()
+    edit_header(path, lambda header: header["teacher"].update(kind="toy"))
+    _mix(path)
+
+
+def _huge(path: Path) -> None:
+    edit_header(path, lambda header: header["quotas"].update(explain=10**18))
+    _mix(path, total=10**18 + 12)
+
+
+def _header_text(path: Path, old: str, new: str) -> None:
+    file = kd.sidecar(path) / "header.json"
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+def _raw(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new))
+    reseal_files(path)
 
 
 def _accepted(path: Path) -> None:
@@ -268,7 +334,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "seed of another": ("journal", lambda path: _mix(path, seed=7)),
     "split by another share": ("split", lambda path: _mix(path, val_share=0.5)),
     "answer damaged": ("journal", lambda path: _ledger(path, "UPDATE answer SET body = x'00'")),
-    "answer gone": ("journal", lambda path: _ledger(path, "DELETE FROM answer WHERE rowid = 5")),
+    "answer gone": ("journal", lambda path: _forget_answer(path)),
     "attempt gone": ("journal", lambda path: _ledger(path, "DELETE FROM attempt WHERE purpose = 'answer'")),
     "attempt released": ("journal", lambda path: _ledger(path, "UPDATE attempt SET state = 'released' WHERE id > 5")),
     "table of another": ("journal", lambda path: _ledger(path, "CREATE TABLE mine(x)")),
@@ -294,6 +360,34 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "report that is none": ("header", lambda path: _text(path, "report.json", "{{{")),
     "report of another": ("header", lambda path: _text(path, "report.json", '{"run_id": "x"}')),
     "secret in the report": ("secrets", lambda path: _text(path, "report.json", json.dumps({"x": KEY}))),
+    "secret in the page": ("secrets", lambda path: _text(path, "report.html", f"<p>{KEY}</p>")),
+    "page of another": ("header", lambda path: _text(path, "report.html", "<html>all is well</html>")),
+    "file of no dataset": ("files", lambda path: _extra(path)),
+    "length in a report": ("header", lambda path: _report(path, lambda r: r["lengths"]["answer_tokens"].update(max=1))),
+    "usage in the report": ("header", lambda path: _report(path, lambda r: r["usage"]["prompt"].update(sum=1))),
+    "tool turns in the report": ("header", lambda path: _report(path, lambda r: r.update(tool_turns={"0": TOTAL}))),
+    "cost a record in the report": ("header", lambda path: _report(path, lambda r: r.update(cost_usd_per_record=1e-9))),
+    "distributions in the report": ("header", lambda path: _report(path, lambda r: r.update(distributions={"k": 9}))),
+    "more in the report": ("header", lambda path: _report(path, lambda r: r.update(verified=True))),
+    "quota in the report": ("header", lambda path: _report(path, lambda r: r["strata"]["explain"].update(quota=99))),
+    "rejects in the report": ("header", lambda path: _report(path, lambda r: r["strata"]["explain"].pop("rejected"))),
+    "strata left out in the report": ("order", lambda path: _report(path, lambda r: r.update(left_out={"x": "why"}))),
+    "prompts dropped, it says": ("order", lambda path: _report(path, lambda r: r.update(prompts_dropped={"x": 1}))),
+    "cost of a record gone": ("costs", lambda path: _unpaid(path, "cost_usd")),
+    "cost and usage of a record gone": ("costs", lambda path: _unpaid(path, "cost_usd", "usage")),
+    "usage of a record gone": ("costs", lambda path: _unpaid(path, "usage")),
+    "costs of the rejects gone": ("costs", lambda path: _rejects(path, lambda rows: [r.pop("cost_usd") for r in rows])),
+    "reject paid with nothing": ("order", lambda path: _ledger(path, _REJECT_PAID)),
+    "reject of another stratum": ("rejects", lambda path: _rejects(path, lambda r: r[0].update(stratum=_else(r[0])))),
+    "licence of another": ("journal", lambda path: _licensed(path)),
+    "a toy set, it says": ("header", lambda path: _toy(path)),
+    "more counts": ("header", lambda path: edit_header(path, lambda h: h["counts"].update(verified=9))),
+    "key twice in the header": ("header", lambda path: _header_text(path, "{", '{"run_id": "x",')),
+    "key twice in a record": ("schema", lambda path: _raw(path, b'"prompt":', b'"prompt":"Hello","prompt":')),
+    "key twice in a call": ("schema", lambda path: _raw(path, b'"arguments":{', b'"arguments":{"x":1,"x":2,')),
+    "lines of another system": ("schema", lambda path: _raw(path, b"\n", b"\r\n")),
+    "a total beyond all": ("header", lambda path: _huge(path)),
+    "documents without end": ("header", lambda path: _mix(path, long_context_tokens=900_000)),
     "report unlisted": ("files", lambda path: edit_header(path, lambda h: h["files"].pop("report.json"))),
 }  # fmt: skip
 
@@ -305,8 +399,7 @@ def _exchange(lines: Lines, name: str) -> None:
 
 
 def _twice(path: Path) -> None:
-    file = kd.sidecar(path) / "header.json"
-    file.write_text(file.read_text().replace("{", '{"run_id": "' + KEY + '",', 1))
+    _header_text(path, "{", '{"run_id": "' + KEY + '",')
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -328,3 +421,71 @@ def test_a_set_that_other_code_made_has_an_order_that_nobody_knows(path: Path) -
     edit_header(path, lambda header: header["created_by"].update(code="older"))
     gate = validate(path).gates["order"]
     assert gate.status == "skipped" and "other code" in str(gate.reason)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_without_a_journal_a_prompt_that_was_asked_and_is_nowhere_is_found_unless_the_run_stopped(
+    path: Path, *, stopped: bool
+) -> None:
+    (kd.sidecar(path) / JOURNAL).unlink()
+    edit_header(path, lambda header: header.update(quota_tolerance=0.5))
+    _mix(path, quota_tolerance=0.5)
+    edit_lines(path, lambda lines: lines.pop(3))
+    name = next(name for name, n in kd.read_header(path).quotas.items() if n != _counted(path)[name])
+    _report(path, lambda report: report["strata"][name].update(short=STOPPED if stopped else "its prompts are used up"))
+    gate = validate(path).gates["order"]
+    assert gate.status == ("pass" if stopped else "fail")
+    assert stopped or f"stratum {name}: a prompt that" in str(gate.reason)
+
+
+def test_without_a_journal_a_reject_that_was_left_out_is_found(path: Path) -> None:
+    (kd.sidecar(path) / JOURNAL).unlink()
+    _rejects(path, lambda rows: rows.pop(0))
+    assert "no reject" in str(validate(path).gates["order"].reason)
+
+
+def _counted(path: Path) -> Counter[str]:
+    return Counter(json.loads(line)["stratum"] for line in path.read_text().splitlines())
+
+
+def test_what_a_hostile_header_asks_for_is_bounded(path: Path) -> None:
+    for plant in (_huge, lambda path: _mix(path, total=TOTAL, long_context_tokens=900_000)):
+        plant(path)
+        began = time.process_time()
+        assert "header" in failing(path) and time.process_time() - began < 5
+
+
+def _rated(body: dict[str, Any]) -> dict[str, Any]:
+    """A fixed answer with the log-probabilities of its tokens, which are the student's."""
+    tokenizer = toy_tokenizer()
+    said = [tokenizer.decode([token]) for token in tokenizer.encode("It is 4.")]
+    content = [
+        {"token": text, "bytes": list(text.encode()), "logprob": -0.1,
+         "top_logprobs": [{"token": text, "bytes": list(text.encode()), "logprob": -0.1},
+                          {"token": "b", "bytes": [98], "logprob": -3.0}]}
+        for text in said
+    ]  # fmt: skip
+    choice = {"message": {"content": "".join(said)}, "finish_reason": "stop", "logprobs": {"content": content}}
+    return {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 5}, "model": "stub-1b"}
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_an_endpoints_distributions_are_those_of_the_journals_answers(tmp_path: Path, *, forged: bool) -> None:
+    path, file = tmp_path / "d.jsonl", tmp_path / "tokenizer.json"
+    file.write_text(toy_tokenizer().to_json())
+    with StubTeacher(answer=_rated) as stub:
+        config = MixConfig(strata={"arithmetic": 1.0}, tokenizer=str(file), top_k=2)
+        mix.make(path, stub.url, 4, config, quiet=True)
+    assert failing(path) == set()
+    old = TopK(kd.sidecar(path) / STORE)
+    writer = Writer(tmp_path, old.k, vocab_size=old.vocab_size, codec=old.codec)
+    for item in old.take(range(len(old))):
+        if forged:
+            item.topk_logprobs[0] = [-0.3, -2.0]
+            item.tail_logprob[0] = math.log(1 - math.exp(-0.3) - math.exp(-2.0))
+        writer.add(item)
+    writer.finish(old.path, {name: value for name, value in old.metadata.items() if not name.endswith("_crc32")})
+    writer.close()
+    reseal_files(path)
+    found = [finding for finding in validate(path).findings if "the journal's answers" in finding.what]
+    assert {finding.rule for finding in found} == ({"distributions"} if forged else set())

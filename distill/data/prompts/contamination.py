@@ -31,6 +31,13 @@ class Hit(NamedTuple):
     """The item's beginning."""
 
 
+def labels_of(paths: Iterable[str | Path]) -> list[str]:
+    """What evaluation sets are called: their files' names, or their paths where two have one name."""
+    files = [Path(path) for path in paths]
+    names = [file.name for file in files]
+    return [file.name if names.count(file.name) == 1 else str(file) for file in files]
+
+
 class ContaminationIndex:
     """Evaluation sets by the hashes of their word runs. Of their texts it keeps the beginnings, as evidence."""
 
@@ -50,8 +57,7 @@ class ContaminationIndex:
         """Read evaluation sets: kd/1 and contextual sets, JSONL with prompt, messages, question or text, or plain
         text with an item a line. DatasetError names file and line."""
         files = [Path(path) for path in paths]
-        names = [file.name for file in files]
-        labels = [file.name if names.count(file.name) == 1 else str(file) for file in files]
+        labels = labels_of(files)
         index = cls({label: evaluation_items(file) for label, file in zip(labels, files, strict=True)})
         index.sha256s = {label: sha256_file(file) for label, file in zip(labels, files, strict=True)}
         return index

@@ -5,10 +5,13 @@ The order is a function of the mix and the seed alone, so a longer run begins wi
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from distill.broker import Broker, Tool, read_fixtures, read_tools
@@ -17,16 +20,19 @@ from distill.data.prompts.similarity import NearDuplicates, Sketch, excerpt
 from distill.data.prompts.sources import Source, SourceConfig
 from distill.data.prompts.strata import TOOL_STRATA, WEIGHTS, Prompt, built_in, capacity
 from distill.data.prompts.tool_material import BY_NAME, TOOLS
-from distill.errors import ConfigError
+from distill.errors import ConfigError, InputError
 
 __all__ = [
     "STRATA",
     "WEIGHTS",
     "Dropped",
+    "MixFiles",
     "Prompt",
     "PromptStream",
     "SourceConfig",
+    "named",
     "open_prompts",
+    "read_files",
 ]
 
 STRATA = tuple(WEIGHTS)
@@ -107,7 +113,7 @@ class PromptStream:
             self._leave_out_long(room)
         if not self._strata:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
-            raise ConfigError(f"no stratum is left to ask ({reasons})" if reasons else "strata: no positive weight")
+            raise ConfigError(f"no stratum is left to ask ({reasons})")
         self._given = dict.fromkeys(self._strata, 0)
         self._index = NearDuplicates(near_duplicates)
         self._excerpts: dict[str, str] = {}
@@ -229,16 +235,59 @@ class _Ahead:
         return bool(chunk)
 
 
-def open_prompts(mix: Mix, seed: int, *, tools: bool, room: int | None) -> PromptStream:
+class MixFiles(NamedTuple):
+    """The files that a mix names, read and checked."""
+
+    sources: list[Source]
+    broker: Broker
+    evaluation: ContaminationIndex
+
+
+def read_files(mix: Mix, name: str = "the mix") -> MixFiles:
+    """Read all that a mix names, and check what no teacher decides. ConfigError and DatasetError say what is wrong
+    with which key of the mix called `name`."""
+    for stratum, weight in mix.strata.items():
+        if stratum not in STRATA:
+            near = difflib.get_close_matches(stratum, STRATA, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{name}: strata: unknown stratum '{stratum}'; the nearest is '{near}'")
+        if not 0 <= weight < 1e9:
+            raise ConfigError(f"{name}: strata: the weight of {stratum} must be 0 or more, not {weight}")
+    with named(name, "tools"):
+        user_tools = [tool for path in mix.tools for tool in read_tools(path)]
+    with named(name, "sources"):
+        sources = [Source(source, BY_NAME | {tool.name: tool for tool in user_tools}) for source in mix.sources]
+        user_tools += _brought(sources)
+        taken = {stratum for stratum, weight in mix.strata.items() if weight}
+        for source in sources:
+            if twice := taken & set(source.counts):
+                raise ConfigError(
+                    f"{source.path}: stratum {min(twice)} is in the mix already; name this one with `stratum`"
+                )
+            taken |= set(source.counts)
+    if not taken:
+        raise ConfigError(f"{name}: strata: no positive weight, and no `sources`")
+    with named(name, "fixtures"):
+        broker = Broker([*TOOLS, *user_tools], read_fixtures(mix.fixtures, user_tools))
+    with named(name, "decontaminate"):
+        return MixFiles(sources, broker, ContaminationIndex.load(mix.decontaminate))
+
+
+@contextlib.contextmanager
+def named(mix: str, key: str) -> Iterator[None]:
+    """An error over a file says which key of which mix named it, and where a relative path was looked for."""
+    try:
+        yield
+    except InputError as error:
+        missing = error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else None
+        relative = missing and not Path(str(missing.filename)).is_absolute()
+        looked = f" (looked in {Path.cwd()})" if relative else ""
+        raise type(error)(f"{mix}: {key}: {error}{looked}") from error
+
+
+def open_prompts(mix: Mix, seed: int, *, tools: bool, room: int | None, files: MixFiles | None = None) -> PromptStream:
     """The prompts of a mix for a teacher that can call `tools` or not, and has `room` tokens for a prompt, or no
-    limit. Every file is read and checked here; ConfigError and DatasetError say what is wrong."""
-    unknown = sorted(set(mix.strata) - set(STRATA))
-    if unknown or any(not 0 <= weight < 1e9 for weight in mix.strata.values()):
-        raise ConfigError(f"strata: {', '.join(unknown) or 'a weight below 0'}; known: {', '.join(STRATA)}")
-    user_tools = [tool for path in mix.tools for tool in read_tools(path)]
-    sources = [Source(source, BY_NAME | {tool.name: tool for tool in user_tools}) for source in mix.sources]
-    user_tools += _brought(sources)
-    broker = Broker([*TOOLS, *user_tools], read_fixtures(mix.fixtures, user_tools))
+    limit. `files`: what `read_files` gave, where it was called before."""
+    sources, broker, evaluation = files or read_files(mix)
     strata: dict[str, _Stratum] = {}
     left_out: dict[str, str] = {}
     for name, weight in mix.strata.items():
@@ -252,15 +301,12 @@ def open_prompts(mix: Mix, seed: int, *, tools: bool, room: int | None) -> Promp
     for source in sources:
         counts = source.counts
         for name, weight in source.weights.items():
-            if name in strata or name in left_out:
-                raise ConfigError(f"{source.path}: stratum {name} is in the mix already; name this one with `stratum`")
             strata[name] = _Stratum(weight, counts[name], _file_opener(source, name, seed, tools))
             if not tools and next(strata[name].open(), None) is None:
                 left_out[name] = "the teacher cannot call tools"
                 del strata[name]
     return PromptStream(
-        strata, near_duplicates=mix.near_duplicates, evaluation=ContaminationIndex.load(mix.decontaminate), room=room,
-        left_out=left_out, broker=broker,
+        strata, near_duplicates=mix.near_duplicates, evaluation=evaluation, room=room, left_out=left_out, broker=broker,
     )  # fmt: skip
 
 

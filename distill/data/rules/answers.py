@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from distill.artifacts import canonical_json, sha256_text
-from distill.data.journal import Answer, damage, read_answer, read_ledger
+from distill.data.journal import RUN, Answer, damage, read_answer, read_ledger
 from distill.data.rules.header import capabilities_of, identity_of, protocol_of
 from distill.data.rules.whole import Whole
 from distill.data.schema import Header, Usage
@@ -101,11 +101,14 @@ def journal_problems(header: Header, answers: Answers) -> Iterator[str]:
         kept, server = answers.meta("depends_on"), answers.meta("server")
         name = "capabilities/" + sha256_text(canonical_json(msgspec.to_builtins(identity_of(header))))[:16]
         found, codes = answers.meta(name), answers.codes()
+        known = answers.meta(f"{RUN}{header.run_id}") is not None
     except InputError as error:
         yield str(error)
         return
     if kept is None or kept != canonical_json(depends_on(protocol)):
         yield "teacher, sampling or seed are not those that the journal was begun with"
+    if not known:
+        yield "run_id is that of no run of the journal: another configuration"
     if found is None or _read(found) != capabilities_of(header):
         yield "capabilities are not those that the probe found"
     if header.created_by.get("code") not in codes:

@@ -30,7 +30,7 @@ from distill.data.rules.files import STORE
 from distill.data.rules.header import prices_of, protocol_of
 from distill.data.rules.record import RULES
 from distill.data.rules.replay import Played
-from distill.data.rules.view import Context, View
+from distill.data.rules.view import Context, View, repeated_key
 from distill.data.rules.whole import Tally, near_duplicate
 from distill.data.store.distributions import Distribution
 from distill.data.store.store import TopK
@@ -82,7 +82,7 @@ class Checker:
                 self.answers = self._opened("journal", kd.sidecar(path) / JOURNAL, Answers)
         evaluation = ContaminationIndex.load(options.eval_sets) if self.deep and options.eval_sets else None
         protocol = protocol_of(header) if self.deep else None
-        self.context = Context(header, tokenizer, evaluation, prices_of(header), protocol, self.answers)
+        self.context = Context(header, tokenizer, evaluation, prices_of(header), protocol, self.answers, self.store)
         self._sketching = NearDuplicates(near_duplicate(header)) if self.deep else None
         skipped_rules = {"personal_data"} if options.pii == "allow" else set()
         self._rules = [
@@ -136,6 +136,10 @@ class Checker:
 
     def _check_one(self, line: _Line, stored: dict[int, Distribution | str], done: Done) -> None:
         record = line.record
+        if line.raw.endswith(b"\r"):
+            self._note(done, "schema", line.number, "the line ends with a carriage return")
+        if self.deep and _ENCODER.encode(record) != line.raw and repeated_key(line.raw):
+            self._note(done, "schema", line.number, "gives a key twice")
         view = View(record, self.context, stored.get(record.logprobs.row) if record.logprobs else None, line.raw)
         done.tally.see(record, view.tools, line.number)
         for name, check in self._rules:
@@ -179,6 +183,7 @@ def _uncollected() -> Iterator[None]:
 
 
 _DECODER = msgspec.json.Decoder(kd.Record)
+_ENCODER = msgspec.json.Encoder(decimal_format="number")
 _TOO_LONG = b'"too long"'  # stands for a line that is not kept
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,18 +17,22 @@ from distill.data.budget import UNIT
 from distill.data.episodes import REJECTS
 from distill.data.journal import JOURNAL, damage, read_ledger, totals
 from distill.data.rules import secrets
-from distill.data.rules.view import strings
-from distill.data.rules.whole import Whole, is_cost
+from distill.data.rules.header import prices_of
+from distill.data.rules.view import repeated_key
+from distill.data.rules.whole import is_cost
 from distill.data.store.store import TopK
 from distill.errors import InputError
 
-STORE, REJECTED, REPORT, LEDGER = "logprobs.safetensors", "rejects.jsonl", "report.json", JOURNAL
+STORE, REJECTED, LEDGER = "logprobs.safetensors", "rejects.jsonl", JOURNAL
 
 
 def file_problems(path: Path, header: kd.Header, records_sha256: str) -> Iterator[str]:
-    """Every file listed is there, under its own hash; what must be listed is."""
+    """Every file listed is one of a dataset's and there, under its own hash; what must be listed is."""
     for name, digest in header.files.items():
-        file = path if name == "records" else kd.sidecar(path) / Path(name).name
+        if name not in ("records", *kd.SIDECAR_FILES):
+            yield f"{name[:80]!r} is no file of a dataset"
+            continue
+        file = path if name == "records" else kd.sidecar(path) / name
         if not file.is_file():
             yield f"{file.name} is missing"
         elif (records_sha256 if name == "records" else sha256_file(file)) != digest:
@@ -75,6 +79,10 @@ class Rejects(NamedTuple):
         """How often each reason occurs."""
         return Counter(row.reason for row in self.rows)
 
+    def of(self, stratum: str) -> Counter[str]:
+        """How often each reason occurs in a stratum."""
+        return Counter(row.reason for row in self.rows if row.stratum == stratum)
+
 
 class Reject(msgspec.Struct, forbid_unknown_fields=True):
     """A line of rejects.jsonl."""
@@ -89,8 +97,9 @@ class Reject(msgspec.Struct, forbid_unknown_fields=True):
 _REJECT = msgspec.json.Decoder(Reject)
 
 
-def read_rejects(path: Path, strata: Container[str]) -> Rejects:
-    """Every reject has an id of its own, a stratum of the list and a reason of the list."""
+def read_rejects(path: Path, header: kd.Header) -> Rejects:
+    """Every reject has an id of its own, a stratum that has a quota, a reason of the list, and what it cost."""
+    priced, generated = prices_of(header) is not None, header.teacher.kind != "toy"
     found = Rejects(0, None, [], [])
     seen: set[str] = set()
     if not path.is_file():
@@ -105,7 +114,14 @@ def read_rejects(path: Path, strata: Container[str]) -> Rejects:
             found.problems.append(("rejects", line, f"not a reject: {error}"))
             continue
         found.rows.append(reject)
-        found.problems.extend(("rejects", line, what) for what in _reject_problems(reject, seen, strata))
+        found.problems.extend(("rejects", line, what) for what in _reject_problems(reject, seen, header.quotas))
+        if generated and reject.id.rpartition("-")[0] != reject.stratum:
+            found.problems.append(("rejects", line, "its id does not begin with its stratum"))
+        if generated and priced != (reject.cost_usd is not None):
+            what = "what it cost is not stated" if priced else "has a cost, and the configuration no prices"
+            found.problems.append(("costs", line, what))
+        if repeated_key(raw):
+            found.problems.append(("rejects", line, "gives a key twice"))
         if kind := secrets.secret_in(raw.decode()) or secrets.secret_in("\n".join((reject.id, reject.detail))):
             found.problems.append(("secrets", line, f"holds what looks like a secret ({kind})"))
         seen.add(reject.id)
@@ -137,46 +153,11 @@ def _reject_problems(reject: Reject, seen: Container[str], strata: Container[str
         yield "its cost is not an amount"
 
 
-def report_problems(path: Path, header: kd.Header, whole: Whole, rejects: Rejects) -> Iterator[tuple[str, str]]:
-    """report.json says of the set what the set is. Rule and problem."""
-    if not path.is_file():
-        return  # `files` says so
-    require_regular(path)
-    with open(path, "rb") as file:
-        raw = file.read(kd.MAX_LINE + 1)
-    try:
-        report = msgspec.json.decode(raw, type=dict[str, Any])
-        text = raw.decode()
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        yield "header", f"not a report: {error}"
-        return
-    if kind := secrets.secret_in(text) or secrets.secret_in("\n".join(strings(report))):
-        yield "secrets", f"holds what looks like a secret ({kind})"
-    stated = {
-        "run_id": header.run_id, "counts": header.counts, "cost_usd": header.cost_usd,
-        "rejected": dict(rejects.reasons), "unaligned_logprobs": whole.without_rows if header.logprobs else 0,
-    }  # fmt: skip
-    generated = header.teacher.kind != "toy"
-    for name, value in stated.items():
-        if (generated or name in report) and not _same(report.get(name), value):
-            yield "header", f"its {name} is not that of the set"
-    strata = report.get("strata")
-    rows = strata.items() if isinstance(strata, dict) else ()
-    counted = {name: row.get("records") for name, row in rows if isinstance(row, dict)}
-    if {name: n for name, n in counted.items() if n} != dict(whole.strata):
-        yield "header", "its strata are not those of the records"
-
-
-def _same(stated: Any, value: Any) -> bool:
-    """Equal as JSON: an amount is a number there."""
-    if isinstance(value, Decimal):
-        return isinstance(stated, int | float) and float(value) == stated
-    return bool(stated == value)
-
-
 def cost_problems(path: Path, header: kd.Header, accepted: Decimal | None, rejected: Decimal | None) -> Iterator[str]:
     """Costs are exact: the records' and the rejects' sum to the header's, and the ledger has paid as much."""
     parts = [cost for cost in (accepted, rejected) if cost is not None]
+    if header.teacher.kind != "toy" and (prices_of(header) is not None) != (header.cost_usd is not None):
+        yield "the configuration has prices and the header no cost, or the other way round"
     if header.cost_usd is None:
         if parts:
             yield "records or rejects have costs, the header has none"

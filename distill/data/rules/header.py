@@ -11,11 +11,13 @@ import msgspec
 from distill import __version__, chat
 from distill.artifacts import code_version
 from distill.config import as_dict, build
+from distill.data import toy
 from distill.data.budget import Prices
 from distill.data.episodes import Protocol
 from distill.data.mix_config import OPERATIONAL, MixConfig
+from distill.data.prompts.contamination import labels_of
 from distill.data.rules.whole import Whole
-from distill.data.schema import Header, Teacher, run_id_of
+from distill.data.schema import Header, LogprobInfo, Teacher, run_id_of
 from distill.data.teacher.probe import Capabilities
 from distill.data.teacher.spec import Sampling
 from distill.errors import InputError
@@ -24,6 +26,8 @@ from distill.tokenizer import Tokenizer
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _NOT_OF_THE_MIX = {"seed", "total"}
 """Keys of a header's configuration that the command line gives."""
+MOST_RECORDS = 10**9
+"""That are asked for: of more, nobody works out the quotas."""
 
 
 def header_problems(header: Header, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -52,7 +56,7 @@ def header_problems(header: Header, tokenizer: Tokenizer | None) -> Iterator[str
         yield "tokenizer_sha256 is not that of tokenizer.json"
     if header.text_only != (header.logprobs is None):
         yield "text_only is not what logprobs says"
-    yield from _empty_parts(header) if header.teacher.kind == "toy" else _mix_problems(header)
+    yield from toy_problems(header) if header.teacher.kind == "toy" else _mix_problems(header)
 
 
 def _teacher_problems(header: Header) -> Iterator[str]:
@@ -66,10 +70,24 @@ def _teacher_problems(header: Header) -> Iterator[str]:
             yield f"teacher lacks {name}"
 
 
-def _empty_parts(header: Header) -> Iterator[str]:
-    for name in ("config", "sampling"):
-        if not getattr(header, name):
-            yield f"{name} is empty"
+def toy_problems(header: Header) -> Iterator[str]:
+    """Of a toy set, of which no rule asks how it was generated: it is what distill/data/toy.py makes."""
+    config = header.config
+    if set(config) != {"kind", "n", "seed"} or config["kind"] not in toy.KINDS:
+        yield "config is not that of a toy set"
+        return
+    made = toy.header_of(config["kind"], config["n"], config["seed"])
+    given = {"prompts_sha256", "tools_sha256", "created_by", "counts", "files"}  # of the records, the code, the files
+    for name in header.__struct_fields__:
+        if name not in given and _stated(getattr(header, name)) != getattr(made, name):
+            yield f"{name} is not that of a toy set"
+    if header.counts.get("records") != config["n"]:
+        yield f"a toy set of {str(config['n'])[:40]} has other counts"
+
+
+def _stated(value: Any) -> Any:
+    """A part of a header as it is before the store is written."""
+    return msgspec.structs.replace(value, kl_to_exact={}) if isinstance(value, LogprobInfo) else value
 
 
 def _mix_problems(header: Header) -> Iterator[str]:
@@ -94,8 +112,8 @@ def _mix_problems(header: Header) -> Iterator[str]:
     for name in ("temperature", "top_p", *(("max_tokens",) if mix.max_tokens else ())):
         if header.sampling.get(name) != getattr(mix, name):
             yield f"sampling's {name} is not that of config"
-    if len(header.decontamination) != len(mix.decontaminate):
-        yield f"decontamination names {len(header.decontamination)} evaluation sets, config {len(mix.decontaminate)}"
+    if set(header.decontamination) != set(labels_of(mix.decontaminate)):
+        yield "decontamination names other evaluation sets than config"
     yield from _quota_problems(header, mix)
 
 
@@ -114,6 +132,8 @@ def mix_of(header: Header) -> MixConfig | str:
     for name in _NOT_OF_THE_MIX:
         if not isinstance(header.config.get(name), int) or isinstance(header.config.get(name), bool):
             return f"config: {name} is not a whole number"
+    if not 1 <= header.config["total"] <= MOST_RECORDS:
+        return f"config: total is not from 1 to {MOST_RECORDS:,}"
     try:
         mix = build(given, MixConfig, "config")
     except InputError as error:
@@ -171,6 +191,9 @@ def total_problems(header: Header, whole: Whole, rejected: int, *, deep: bool) -
     wrong = {name: n for name, n in counts.items() if header.counts.get(name) != n}
     if wrong:
         yield f"counts differ from the files': {wrong}"
+    tokens = {"completion_tokens"} if header.logprobs else set()  # the store says how many
+    if odd := sorted((set(counts) | tokens) ^ set(header.counts)):
+        yield f"counts lacks or should not have {', '.join(odd)[:200]}"
     if header.prompts_sha256 != whole.prompts_sha256:
         yield "prompts_sha256 is not that of the records' ids"
     if deep and header.tools_sha256 != whole.tools_sha256:

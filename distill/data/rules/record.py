@@ -13,14 +13,15 @@ import msgspec
 
 from distill.broker import fixture_sha256
 from distill.data.budget import dollars
-from distill.data.episodes import Rejected, reply_sha256
+from distill.data.episodes import Accepted, Rejected, reply_sha256
 from distill.data.rules import texts
 from distill.data.rules.header import SHA256
 from distill.data.rules.replay import Played, cost_of, differences
 from distill.data.rules.view import View
 from distill.data.rules.whole import is_cost
 from distill.data.schema import Call, split_of
-from distill.data.store.distributions import Distribution, same_tokens
+from distill.data.store.distributions import Distribution, divergence, from_endpoint, same_entries, same_tokens
+from distill.data.store.store import TopK
 from distill.data.teacher.wire import Reply
 from distill.tokenizer import CALL_END, CALL_START
 from distill.tools import arguments_checker
@@ -28,6 +29,7 @@ from distill.tools import arguments_checker
 FINISH_WITH_CALLS = ("tool_calls", "function_call", "stop")
 """Some servers end a turn that calls tools with `stop`."""
 FINISH_WITHOUT = ("stop",)
+_ROUNDING = 1e-6  # nats: what the same logarithms differ by on two machines
 
 
 class Rule(NamedTuple):
@@ -104,8 +106,10 @@ def _calls(view: View) -> Iterator[str]:
     for index, turn in enumerate(view.record.messages):
         if turn.role == "assistant" and (CALL_START in turn.content or CALL_END in turn.content):
             yield f"messages[{index}]: its text holds the marks of a call"
+    if view.record.expect == "any":
+        return
     called = any(turn.tool_calls for _, turn in view.teachers)
-    if view.record.expect != "any" and called != (view.record.expect == "call"):
+    if called != (view.record.expect == "call"):
         yield f"expect is {view.record.expect}, and the teacher {'called' if called else 'did not call'} a tool"
 
 
@@ -139,8 +143,7 @@ def _functions(tools: bytes) -> dict[str, Callable[[dict[str, Any]], str | None]
 
 def _loss(view: View) -> Iterator[str]:
     """Only what the teacher wrote is learned."""
-    turns = view.record.messages
-    teachers = {index for index, _ in view.teachers}
+    turns, teachers = view.record.messages, [index for index, _ in view.teachers]
     for number, target in enumerate(view.record.targets):
         if target.msg not in teachers:
             yield f"targets[{number}] is on messages[{target.msg}], which the teacher did not write"
@@ -182,31 +185,63 @@ def _render(view: View) -> Iterator[str]:
 
 
 def _distributions(view: View) -> Iterator[str]:
-    ref, item = view.record.logprobs, view.stored
+    ref, item, info = view.record.logprobs, view.stored, view.context.header.logprobs
+    completion = None if isinstance(view.layout, str) else view.layout.completion
+    heard = _heard(view, completion) if completion is not None else None
     if ref is None:
-        if view.context.header.logprobs and view.context.header.teacher.logits_engine:
+        if info and view.context.header.teacher.logits_engine:
             yield "has no distributions, though the teacher's logits gave one for each token"
+        elif heard is not None and heard[0] is not None:
+            yield "has no distributions, though the journal's answers give them"
         return
-    if view.context.header.logprobs is None:
+    if info is None:
         yield "logprobs is set, but the dataset has no distributions"
     if isinstance(item, str):
         yield item
-    if not isinstance(item, Distribution) or isinstance(view.layout, str) or view.layout.completion is None:
+    if not isinstance(item, Distribution) or completion is None:
         return
     if (len(item.token_ids), item.topk_ids.shape[1]) != (ref.n, ref.k):
         yield f"logprobs says n={ref.n}, k={ref.k}; its row has other sizes"
-    elif not same_tokens(item, view.layout.completion):
+    elif not same_tokens(item, completion):
         yield "the tokens of its distributions are not those that the teacher wrote"
+    elif heard is not None and view.context.store is not None:
+        if heard[0] is None:
+            yield "has distributions, and the journal's answers give none"
+        elif problem := _differing(heard[0], item, view.context.store):
+            yield problem
+
+
+def _heard(view: View, completion: list[int]) -> tuple[Distribution | None] | None:
+    """What the journal's answers say of its tokens, as it was made of them; None where that is not known."""
+    store, tokenizer, played = view.context.store, view.context.tokenizer, view.played
+    if view.context.header.teacher.logits_engine or store is None or tokenizer is None:
+        return None
+    if not isinstance(played, Played) or not isinstance(played.end, Accepted):
+        return None  # `journal` says so
+    return (from_endpoint([reply.logprobs for reply in played.end.replies], completion, tokenizer, k=store.k),)
+
+
+def _differing(made: Distribution, item: Distribution, store: TopK) -> str | None:
+    """In what stored distributions are not those that were made, but for what their codec loses."""
+    if not same_entries(made, item):
+        return "its distributions keep other tokens than the journal's answers"
+    if (divergence(made, item) > 2 * divergence(made, store.as_kept(made)) + _ROUNDING).any():
+        return "its distributions are not those of the journal's answers"
+    return None
 
 
 def _costs(view: View) -> Iterator[str]:
     """What a record says it took is possible; whether it sums up, files.py says."""
-    cost, usage = view.record.cost_usd, view.record.usage
+    cost, usage, prices = view.record.cost_usd, view.record.usage, view.context.prices
     if cost is not None and not is_cost(cost):
         yield "its cost is not an amount"
+    elif view.context.generated and (cost is None) != (prices is None):
+        yield "what it cost is not stated" if prices else "has a cost, and the configuration no prices"
+    elif view.context.generated and cost and not usage:
+        yield f"costs {cost} USD, and nothing was counted"
     if usage and not (0 <= usage.reasoning <= usage.completion and 0 <= usage.cached <= usage.prompt):
         yield "its usage is impossible: parts are more than their whole"
-    elif usage and cost is not None and (prices := view.context.prices) and dollars(prices.cost(usage)) != cost:
+    elif usage and cost is not None and prices and cost.scaleb(12) != prices.cost(usage):
         yield f"its usage costs {dollars(prices.cost(usage))} USD by the configuration's prices, it says {cost}"
     elif (
         cost is not None

@@ -30,9 +30,13 @@ def bytes_problems(view: View) -> Iterator[str]:
             yield f"messages[{index}]: its calls hold characters that stand for lost bytes"
     if record.reasoning and lost_bytes(record.reasoning):
         yield "its reasoning holds characters that stand for lost bytes"
-    returns = any("\r" in turn.content for turn in record.messages)
+    returns = False
+    for turn in record.messages:  # runs for every record: no generator
+        returns = returns or "\r" in turn.content
     if returns != ("crlf" in record.flags):
         yield "holds carriage returns, which flags does not say" if returns else "is flagged crlf and holds none"
+    if not record.flags:
+        return
     if unknown := set(record.flags) - FLAGS:
         yield f"flags holds {min(unknown)[:40]!r}, which nothing sets"
     if len(set(record.flags)) < len(record.flags):

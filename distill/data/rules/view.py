@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from distill.data.rules import replay
 from distill.data.rules.answers import Answers
 from distill.data.schema import Header, Record
 from distill.data.store.distributions import Distribution
+from distill.data.store.store import TopK
 from distill.data.targets import Layout, lay_out
 from distill.errors import InputError
 from distill.tokenizer import Tokenizer
@@ -33,6 +35,13 @@ class Context(NamedTuple):
     """How the teacher was asked; None of a set that was not generated, and for the structural rules."""
     answers: Answers | None = None
     """The journal, where it is."""
+    store: TopK | None = None
+    """The distributions, where they are; None for the structural rules."""
+
+    @property
+    def generated(self) -> bool:
+        """Whether a teacher was asked."""
+        return self.header.teacher.kind != "toy"
 
 
 class View:
@@ -121,6 +130,26 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from strings(item)
+
+
+class _Repeated(Exception):
+    pass
+
+
+def repeated_key(data: bytes) -> bool:
+    """Whether an object in a JSON text gives a key twice: what a reader takes of it, the next may not."""
+    try:
+        json.loads(data, object_pairs_hook=_once, parse_int=str, parse_float=str)
+    except _Repeated:
+        return True
+    except (ValueError, RecursionError):
+        return False  # no JSON: whoever reads it says so
+    return False
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        raise _Repeated
 
 
 @lru_cache(maxsize=256)

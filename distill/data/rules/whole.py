@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact, InvalidOperation
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.prompts.similarity import NearDuplicates, Sketch
-from distill.data.schema import Header, Record, tools_sha256
+from distill.data.schema import Header, Record
+from distill.data.tally import Tally as Facts
 from distill.data.teacher.wire import Reply
 
 NEAR_DUPLICATE = 0.8
@@ -31,11 +32,15 @@ _SCRIPTS = (
 )  # fmt: skip
 
 
+_FINEST = Decimal("1e-15")
+_EXACT = Context(prec=24, traps=[InvalidOperation, Inexact])
+
+
 class Tally:
     """What is kept of the records of a block."""
 
     def __init__(self, sketching: NearDuplicates | None = None) -> None:
-        """`sketching`: where prompts are compared; with it, the tools are kept too."""
+        """`sketching`: where prompts are compared; with it, what report.json says of the records is kept too."""
         self.lines: list[int] = []
         self.ids: list[str] = []
         self.digests: list[bytes] = []
@@ -49,7 +54,8 @@ class Tally:
         self.foreign: list[int] = []
         """Lines whose answer is in another script than the question."""
         self.sketches: list[Sketch] = []
-        self.tools: set[bytes] = set()
+        self.facts = Facts() if sketching is not None else None
+        """What report.json says of them."""
         self.models: set[str] = set()
         """What the journal's answers call their model, and their system fingerprints."""
         self.system_fingerprints: set[str] = set()
@@ -71,8 +77,8 @@ class Tally:
         self.strata[record.stratum] += 1
         if record.cost_usd is not None and is_cost(record.cost_usd):
             self.cost = (self.cost or Decimal()) + record.cost_usd
-        if self._sketching is not None:
-            self.tools.update(map(msgspec.json.encode, record.tools))
+        if self._sketching is not None and self.facts is not None:
+            self.facts.add(record)
             # as distill/data/prompts/stream.py compares prompts
             self._prompts.append("\n".join(turn.content for turn in record.messages if turn.role == "user"))
             if not (record.teacher_text.isascii() and record.prompt.isascii()) and _foreign(record):
@@ -104,8 +110,10 @@ def id_digest(identity: str) -> bytes:
 
 def is_cost(cost: Decimal) -> bool:
     """Whether an amount is one: finite, not negative, below a billion, and so exact that sums of it are."""
-    _, digits, exponent = cost.as_tuple()
-    return isinstance(exponent, int) and exponent >= -15 and len(digits) <= 24 and 0 <= cost < 10**9
+    try:
+        return cost.is_finite() and 0 <= cost < 10**9 and _EXACT.quantize(cost, _FINEST) == cost
+    except ArithmeticError:  # more digits
+        return False
 
 
 class Clash(NamedTuple):
@@ -129,7 +137,8 @@ class Whole:
         self._near = {split: NearDuplicates(near_duplicate(header)) for split in (False, True)}
         self._prompts = hashlib.sha256()
         self._foreign: list[int] = []
-        self._tools: set[bytes] = set()
+        self.facts: Facts | None = None
+        """What report.json says of the records; None where nobody counted."""
         self.models: set[str] = set()
         self.system_fingerprints: set[str] = set()
         self.strata: Counter[str] = Counter()
@@ -146,7 +155,9 @@ class Whole:
         self._rows.append(np.array(tally.rows))
         self._lengths.append(np.array(tally.lengths))
         self._foreign += tally.foreign
-        self._tools |= tally.tools
+        if tally.facts is not None:
+            self.facts = self.facts or Facts()
+            self.facts.merge(tally.facts)
         self.models |= tally.models
         self.system_fingerprints |= tally.system_fingerprints
         self.strata += tally.strata
@@ -173,7 +184,7 @@ class Whole:
     @property
     def tools_sha256(self) -> str | None:
         """Of all tools offered, as the header states it."""
-        return tools_sha256(self._tools)
+        return self.facts.tools_sha256 if self.facts is not None else None
 
     @property
     def without_rows(self) -> int:

@@ -104,7 +104,7 @@ def from_endpoint(
         if turn is None or chosen not in (list(completion_ids[start:end]), list(completion_ids[start : end - 1])):
             return None
         for row, (token, own) in enumerate(zip(turn, chosen), start):
-            kept = _entries(token, own, tokenizer, k)
+            kept = entries(token, own, tokenizer, k)
             many = len(kept.ids)
             ids[row, :many], logprobs[row, :many], tail[row] = kept.ids, kept.logprobs, kept.tail
     return Distribution(np.asarray(completion_ids, np.int32), ids, logprobs, tail)
@@ -119,7 +119,7 @@ def _id_of(token: TokenLogprob | TopToken, tokenizer: Tokenizer) -> int | None:
     return token.id if 0 <= token.id < tokenizer.vocab_size else None
 
 
-def _entries(token: TokenLogprob, own: int | None, tokenizer: Tokenizer, k: int) -> TopEntries:
+def entries(token: TokenLogprob, own: int | None, tokenizer: Tokenizer, k: int) -> TopEntries:
     """The k best of a token and its alternatives; those that are no token of the student's go into the tail."""
     found: dict[int, float] = {}
     candidates = [(_id_of(other, tokenizer), other.logprob) for other in token.top] + [(own, token.logprob)]
@@ -201,6 +201,11 @@ def full_logprobs(item: Distribution, vocab_size: int) -> NDArray[np.float64]:
     rows, ranks = np.nonzero(item.topk_ids >= 0)
     out[rows, item.topk_ids[rows, ranks]] = item.topk_logprobs[rows, ranks]
     return out
+
+
+def same_entries(a: Distribution, b: Distribution) -> bool:
+    """Whether two keep the same tokens of each distribution, in whatever order."""
+    return a.topk_ids.shape == b.topk_ids.shape and bool((np.sort(a.topk_ids, 1) == np.sort(b.topk_ids, 1)).all())
 
 
 def same_tokens(item: Distribution, ids: Sequence[int]) -> bool:

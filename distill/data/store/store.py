@@ -288,6 +288,7 @@ class TopK:
         if self.codec not in CODECS or self.k > self.vocab_size:
             raise DatasetError(f"{self.path}: codec {self.codec!r}, k {self.k}, vocabulary {self.vocab_size} not known")
         self._book = self._codebook(index["codebook"].tobytes()) if self.codec != EXACT else None
+        self._costs: NDArray[np.uint8] | None = None
 
     def _codebook(self, data: bytes) -> codec.Codebook:
         try:
@@ -331,6 +332,15 @@ class TopK:
             if problem := problem_of(item, self.vocab_size):
                 raise DatasetError(f"{self.path}: row {row}: {problem}")
         return found
+
+    def as_kept(self, item: Distribution) -> Distribution:
+        """What the store would give back of a completion: with what its codec loses."""
+        if self._book is None:
+            return item
+        if self._costs is None:
+            self._costs = self._book.costs()
+        data = self._book.encode(_tokens(item), self._costs)
+        return _distribution(self._book.decode([(data, len(item.token_ids))])[0])
 
     def _bytes(self, row: int) -> tuple[bytes, int]:
         if not 0 <= row < len(self):

@@ -8,13 +8,15 @@ from types import ModuleType
 
 from distill.errors import InputError
 
+# tqdm reads its variable when it is imported, which torch does, too: so before that
+for _name, _value in (
+    ("TRANSFORMERS_VERBOSITY", "error"), ("TQDM_DISABLE", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+):  # fmt: skip
+    os.environ.setdefault(_name, _value)
+
 
 def teacher_extra(name: str) -> ModuleType:
     """Import a module of the extra `teacher`; where it is absent, one line says how to get it."""
-    if name == "transformers":
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         module = importlib.import_module(name)
     except ImportError as error:
