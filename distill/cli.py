@@ -34,6 +34,9 @@ STAGES: dict[str, Stage] = {
     "toy-training": Stage("distill.train.toy:make_main", "training.make_toy_training", "write a tiny training set-up"),
     "toy-distill": Stage("distill.train.toy:main", "training.run_toy_distill", "train a toy student"),
     "worker": Stage("distill.train.kd:main", "training.distill_kd", "distil a student as a configuration says"),
+    "proc": Stage(
+        "distill.train.process:main", "training.process_supervision", "train on, with weights by kind of span"
+    ),
     "held-out": Stage("distill.train.held_out:main", None, "what training changed on held-out data, judged"),
     "toy-block": Stage(
         "distill.export.toy:block_main", "conversion.make_toy_block", "export one tiny transformer block"

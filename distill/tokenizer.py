@@ -130,17 +130,22 @@ class Tokenizer:
         return lengths
 
     @cached_property
-    def ids_by_bytes(self) -> dict[bytes, int]:
-        """The id of each byte string that is a token; without those of a tokenizer that is not byte-level."""
+    def bytes_by_id(self) -> dict[int, bytes]:
+        """What each id stands for; empty where the tokenizer is not byte-level."""
         if self._byte_lengths is None:
             return {}
-        found = {}
-        for token, identity in self._inner.get_vocab(with_added_tokens=False).items():
-            if all(character in _BYTES for character in token):
-                found[bytes(_BYTES[character] for character in token)] = identity
-        for identity, added in self._inner.get_added_tokens_decoder().items():
-            found[added.content.encode()] = identity
-        return found
+        added = {i: token.content.encode() for i, token in self._inner.get_added_tokens_decoder().items()}
+        own = {
+            identity: bytes(_BYTES[character] for character in token)
+            for token, identity in self._inner.get_vocab(with_added_tokens=False).items()
+            if identity not in added and all(character in _BYTES for character in token)
+        }
+        return own | added
+
+    @cached_property
+    def ids_by_bytes(self) -> dict[bytes, int]:
+        """The id of each byte string that is a token; without those of a tokenizer that is not byte-level."""
+        return {data: identity for identity, data in self.bytes_by_id.items()}
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included; ids beyond the tokenizer's vocabulary are dropped."""

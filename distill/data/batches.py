@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill import chat
 from distill.data.records import Dataset, Record
+from distill.data.spans import KINDS, span_kinds, turn_of
 from distill.data.store.capture import learned_tokens
 from distill.data.store.distributions import Distribution, same_tokens
 from distill.errors import ConfigError, DatasetError, InputError
@@ -37,6 +37,8 @@ class Example(NamedTuple):
     ids: NDArray[np.int32]
     places: NDArray[np.int64]
     """Where its targets are."""
+    spans: NDArray[np.int8]
+    """The kind of span that each target belongs to, an index into `distill.data.spans.KINDS`."""
     teacher: bool
     """Carries ce_teacher."""
     truths: int
@@ -64,6 +66,8 @@ class Batch(NamedTuple):
     positions_N: Tensor
     """Index into T of the token before the target."""
     labels_N: Tensor
+    span_N: Tensor
+    """Index into `distill.data.spans.KINDS`."""
     teacher_N: Tensor
     ground_truth_N: Tensor
     has_distribution_N: Tensor
@@ -148,12 +152,14 @@ class Examples:
         try:
             if self._text or same or stored:
                 ids, places = learned_tokens(tokenizer, record.messages, record.tools, record.learned)
+                spans = span_kinds(tokenizer, record.messages, record.tools, record.learned)
                 truths = _turn_tokens(places) if same else 0
-                found.append(Example(index, ids, places, self._text, truths, stored.row if stored else None))
+                found.append(Example(index, ids, places, spans, self._text, truths, stored.row if stored else None))
             if truth is not None and not same:
-                messages = [*record.context, chat.Message("assistant", truth)]
+                messages = [*record.context, turn_of(truth)]
                 ids, places = learned_tokens(tokenizer, messages, record.tools, [last])
-                found.append(Example(index, ids, places, False, len(places), None))
+                spans = span_kinds(tokenizer, messages, record.tools, [last])
+                found.append(Example(index, ids, places, spans, False, len(places), None))
         except InputError as error:
             raise DatasetError(f"{self.dataset.path}: record {record.id}: {error}") from error
         for example in found:
@@ -182,6 +188,12 @@ class Examples:
             "ce_ground_truth": sum(e.truths for e in self.items),
         }
 
+    @property
+    def spans(self) -> dict[str, int]:
+        """Target tokens in each kind of span; a kind without any is absent."""
+        counts = sum((np.bincount(e.spans, minlength=len(KINDS)) for e in self.items), np.zeros(len(KINDS), np.int64))
+        return {kind: int(n) for kind, n in zip(KINDS, counts) if n}
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """Collate; DatasetError where a stored completion is not the text's tokens."""
         chosen = [self.items[i] for i in indices]
@@ -200,6 +212,7 @@ class Examples:
             lengths=tuple(len(e.ids) for e in chosen),
             positions_N=torch.from_numpy(np.concatenate(positions)),
             labels_N=torch.from_numpy(np.concatenate([e.labels for e in chosen]).astype(np.int64)),
+            span_N=torch.from_numpy(np.concatenate([e.spans for e in chosen]).astype(np.int64)),
             teacher_N=torch.from_numpy(np.repeat([e.teacher for e in chosen], [e.targets for e in chosen])),
             ground_truth_N=torch.from_numpy(np.concatenate(truth)),
             has_distribution_N=torch.from_numpy((topk_ids >= 0).any(1)),

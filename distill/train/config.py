@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -10,6 +11,7 @@ from distill.artifacts import canonical_json, sha256_text
 from distill.config import as_dict
 from distill.model import ModelConfig
 from distill.train.divergences import Divergence, Kind
+from distill.train.tracker import Kind as Tracker
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -50,6 +52,34 @@ class LossWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("loss_weights: all are 0")
 
 
+class SpanWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Weight of a target token by the kind of span it belongs to (distill/data/spans.py). The step's denominator is
+    the sum of its tokens' weights: they say what counts for more, and leave the size of the gradient as it is."""
+
+    content: float = 1.0
+    """Text before a call, and all else."""
+    final: float = 1.0
+    """The last answer."""
+    reasoning: float = 1.0
+    """Between <think> and </think>, where the student learns it."""
+    tool_call: float = 1.0
+    """A call's marks and JSON around its name and arguments; the decision to call is its first token."""
+    tool_name: float = 1.0
+    """The function's name."""
+    tool_args: float = 1.0
+    """The arguments' JSON."""
+    integration: float = 1.0
+    """Words of an answer that carry a value of a tool's result."""
+
+    def __post_init__(self) -> None:
+        values = msgspec.structs.asdict(self)
+        for name, value in values.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"span_weights.{name} must be at least 0, not {value}")
+        if not any(values.values()):
+            raise ValueError("span_weights: all are 0")
+
+
 class LengthStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage of the sequence-length curriculum."""
 
@@ -77,6 +107,43 @@ class LengthStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.batch_tokens or self.batch_size * self.max_length
 
 
+class TeacherSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A teacher beside the student, in place of stored distributions: white-box, or served."""
+
+    folder: str | None = None
+    """Hugging Face folder of the student's family; with the student's tokenizer, but for `aligned`."""
+    target: Literal["dense", "top_k", "sampled", "aligned"] = "dense"
+    """Its whole distribution, its likeliest ids and the mass of the others, or draws; aligned: the likelihood of the
+    same bytes, for a teacher with another tokenizer (distill/train/alignment.py says what that cannot do)."""
+    k: int = 50
+    """Ids or draws of each token."""
+    url: str | None = None
+    """An OpenAI-compatible completions endpoint with the student's tokenizer, for `top_k`."""
+    model: str | None = None
+    """The endpoint's model id, where it lists several."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"teacher.k must be at least 1, not {self.k}")
+        if bool(self.folder) == bool(self.url):
+            raise ValueError("teacher: give folder or url")
+        if self.url and self.target != "top_k":
+            raise ValueError(f"teacher.target {self.target} cannot be had from an endpoint: set top_k")
+
+
+class OnPolicySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sequences whose answer is the student's own (Agarwal et al. 2024, GKD), for the teacher beside it to judge."""
+
+    share: float = 0.5
+    """Of a step's sequences, each drawn by itself."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    temperature: float = 1.0
+    """Of its drawing; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Share of the mass that it is drawn from."""
+
+
 class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Read by the export stage."""
 
@@ -99,6 +166,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Dimensions; may be left out where init gives them."""
     init: InitSection = InitSection()
     """First weights."""
+    teacher: TeacherSection | None = None
+    """A white-box teacher beside the student; None: the distributions that the dataset stores."""
+    on_policy: OnPolicySection | None = None
+    """Learn from the student's own answers too; needs `teacher`."""
     tokenizer: str | None = None
     """`toy` or a tokenizer.json; None: the one beside init's weights."""
 
@@ -136,6 +207,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     loss_weights: LossWeights = LossWeights()
     """Weights of the components."""
+    span_weights: SpanWeights = SpanWeights()
+    """Weights of a target token by its kind of span, in all components alike."""
     divergence: Kind = "forward_kl"
     """What kl_div is: forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl or tvd (distill/train/divergences.py)."""
     mix: float | None = None
@@ -156,6 +229,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     save_every: int = 200
     """Steps between resumable checkpoints; 0: only the finished one."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept: should the newest turn out damaged, the one before it is used."""
     eval_every: int = 0
     """Steps between held-out evaluations; 0: only before and after."""
     eval_records: int = 64
@@ -165,12 +240,15 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out: str | None = None
     """The finished checkpoint's own path, its report beside it; None: in `checkpoints`, and copied to latest.pt."""
     runs: str = "runs"
-    """TensorBoard's folder."""
+    """Folder of steps.jsonl (a line a step) and of the tracker's files: in it, <stage>/<start of the fingerprint>."""
+    tracker: Tracker = "tensorboard"
+    """Who shows scalars and text samples: tensorboard, wandb (pip install 'distill[wandb]'; its own environment
+    variables, WANDB_MODE=offline among them, say where they go) or none."""
     export: ExportSection = ExportSection()
     """For the export stage."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_length", "batch_size", "accumulation", "eval_records"):
+        for name in ("epochs", "max_length", "batch_size", "accumulation", "eval_records", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "token_budget"):
@@ -195,6 +273,12 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("model: leave it out where init.keep_layers cuts a model down")
         self.stages()  # its own rules
         Divergence(self.divergence, self.mix, self.temperature).require_valid()
+        if self.teacher is not None and self.teacher.target != "dense" and self.temperature != 1.0:
+            raise ValueError(f"temperature {self.temperature} with a teacher beside the student needs target: dense")
+        if self.on_policy is not None and (self.teacher is None or not self.loss_weights.kl_div):
+            raise ValueError("on_policy needs a teacher beside the student, and kl_div: nobody else judges its answers")
+        if self.teacher is not None and self.teacher.target == "sampled" and self.divergence != "forward_kl":
+            raise ValueError(f"draws from the teacher estimate forward_kl only, not {self.divergence}")
         lengths = [stage.max_length for stage in self.curriculum]
         if lengths != sorted(set(lengths)):
             raise ValueError(f"curriculum: max_length must grow from stage to stage, not {lengths}")
@@ -204,8 +288,15 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         alone = LengthStage(self.max_length, self.epochs, self.batch_size, self.batch_tokens, self.accumulation)
         return self.curriculum or [alone]
 
+    @property
+    def final(self) -> Path:
+        """The finished checkpoint."""
+        return Path(self.out) if self.out else Path(self.checkpoints) / f"{self.stage}.pt"
 
-_NOT_THE_RESULT = ("checkpoints", "out", "runs", "save_every", "eval_every", "export")
+
+_NOT_THE_RESULT = (
+    "checkpoints", "out", "runs", "save_every", "keep_checkpoints", "eval_every", "tracker", "export",
+)  # fmt: skip
 
 
 def fingerprint(config: TrainConfig, inputs: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ python -m training.distill_kd --config configs/worker_9b.yaml [--plan] [--restar
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from distill.config import build, load_yaml
 from distill.errors import InputError, stage_main
@@ -27,7 +28,12 @@ def load_config(path: str, max_steps: int | None = None) -> TrainConfig:
 @stage_main
 def main(argv: list[str] | None = None) -> int:
     """Train."""
-    parser = argparse.ArgumentParser(prog="distill worker", description="Distil a student from a KD dataset.")
+    return command(argv, "distill worker", "Distil a student from a KD dataset.", lambda config: None)
+
+
+def command(argv: list[str] | None, prog: str, what: str, require: Callable[[TrainConfig], None]) -> int:
+    """The command of a stage that trains; `require` raises ConfigError where the configuration is not for it."""
+    parser = argparse.ArgumentParser(prog=prog, description=what)
     parser.add_argument(
         "--config", required=True, help="configs/*.yaml: every key is documented in distill/train/config.py"
     )
@@ -36,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-steps", type=int, help="stop after so many steps, whatever the configuration says")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.max_steps)
+    require(config)
     plan = memory.plan(config, device_of(config))
     print(plan.table(), flush=True)
     if args.plan:

@@ -3,8 +3,8 @@
 run(config) -> Report          train, or continue, or say that it is done
   prepare.prepare              student, data, plan of all steps, fingerprint
   resume.find, .restore        the same command again continues where it stopped, bit for bit
-  _train                       the steps
-  resume.finish                report, <stage>.pt, latest.pt
+  _train                       the steps, checkpoints and evaluations between them
+  resume.finish                latest.pt, report, <stage>.pt
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import msgspec
 import torch
 from rich.console import Console
 
 from distill.artifacts import atomic_file
-from distill.data.batches import Batch, micro_batches
+from distill.data.batches import Batch
 from distill.errors import DistillError, Paused
-from distill.train import resume
+from distill.train import evaluation, resume
+from distill.train.background import Writer, ahead
 from distill.train.config import TrainConfig
-from distill.train.divergences import Divergence
-from distill.train.monitor import Monitor
+from distill.train.monitor import Monitor, StepLog, say
 from distill.train.objective import COMPONENTS, Sums
 from distill.train.prepare import Run, State, describe, prepare
-from distill.train.step import evaluate, gradients, learning_rate
+from distill.train.sampling import own_answers
+from distill.train.served import ServedTeacher
+from distill.train.step import gradients, learning_rate, precision
+from distill.train.tracker import open_tracker
 
 
 class Report(NamedTuple):
@@ -52,85 +55,146 @@ def run(config: TrainConfig, *, restart: bool = False, console: Console | None =
 
 def _run(config: TrainConfig, restart: bool, console: Console) -> Report:
     it = prepare(config)
-    if restart:
-        it.partial.unlink(missing_ok=True)
-    elif (done := resume.finished(it)) is not None:
-        _say(console, f"{it.final}: this run is finished already ({done['steps']} steps); --restart trains anew")
-        return Report(it.final, done, True)
-    stopped = resume.find(it)
-    student = it.start.student.to(it.device).train()
-    student.gradient_checkpointing = config.gradient_checkpointing
-    optimiser = _optimiser(student, config)
-    _say(console, describe(it))
-    if stopped is None:
-        torch.manual_seed(config.seed)
-        state = State(0, math.inf, math.inf, 0, _held_out(it))
-        _say_held_out(console, "before", state.before)
-    else:
-        state = resume.restore(it, optimiser, stopped)
-        _say(console, f"continuing {it.partial} at step {state.step} of {len(it.steps)}")
+    with contextlib.closing(it.teacher) if isinstance(it.teacher, ServedTeacher) else contextlib.nullcontext():
+        return _trained(it, config, restart, console)
+
+
+def _trained(it: Run, config: TrainConfig, restart: bool, console: Console) -> Report:
     folder = Path(config.runs) / config.stage / it.mark[:12]
-    with Monitor(config.stage, len(it.steps), state.step, folder, console) as monitor, _stop_signals() as stop:
-        if not state.step:
-            monitor.scalars(0, _named("val", state.before))
-        state = _train(it, optimiser, state, monitor, stop)
-        speed = monitor.tokens_per_second
-        after = _held_out(it)
-        monitor.scalars(state.step, _named("val", after))
-    _say_held_out(console, "after", after)
+    with StepLog(folder / "steps.jsonl") as log:
+        resume.clean(it)
+        if restart:
+            resume.drop(it)
+        elif (done := resume.finished(it)) is not None:
+            say(console, f"{it.final}: this run is finished already ({done['steps']} steps); --restart trains anew")
+            return Report(it.final, done, True)
+        student = it.start.student.to(it.device).train()
+        student.gradient_checkpointing = config.gradient_checkpointing
+        optimiser = _optimiser(student, config)
+        say(console, describe(it))
+        torch.manual_seed(config.seed)
+        state = State(0, math.inf, math.inf, 0, {})
+        if (stopped := resume.find(it, lambda text: say(console, text))) is not None:
+            state = resume.restore(it, optimiser, stopped)
+            say(console, f"continuing {it.final} at step {state.step} of {len(it.steps)}")
+        tracker = open_tracker(config.tracker, folder, config.stage, it.mark[:12], state.step)
+        with (
+            Monitor(config.stage, len(it.steps), log, tracker, console) as monitor,
+            Writer() as writer,
+            _stop_signals() as stop,
+        ):
+            return _train(_Work(it, optimiser, monitor, writer, stop), state)
+
+
+class _Work(NamedTuple):
+    """A run at work: what changes while it trains, beside its State."""
+
+    it: Run
+    optimiser: torch.optim.Optimizer
+    monitor: Monitor
+    writer: Writer
+    stop: list[int]
+    """Signals that came."""
+
+
+def _train(work: _Work, state: State) -> Report:
+    it, c, monitor = work.it, work.it.config, work.monitor
+    if not state.step:
+        state = state._replace(before=_evaluate(work, state))
+        _say_held_out(monitor, "before", state.before)
+    monitor.begin(state.step)
+    numbers = range(state.step, len(it.steps))
+    with ahead(lambda number: _read(it, number), numbers) as windows:
+        for number in numbers:
+            if c.eval_every and number and number % c.eval_every == 0:
+                _evaluate(work, state)
+            state = _step(work, state, windows)
+            work.writer.check()
+            if work.stop:
+                _pause(work, state)
+            if c.save_every and state.step % c.save_every == 0 and state.step != len(it.steps):
+                _save(work, state)
+    speed = monitor.tokens_per_second
+    after = _evaluate(work, state)
+    work.writer.wait()
+    _say_held_out(monitor, "after", after)
     return Report(it.final, resume.finish(it, state, after, speed), False)
 
 
-def _train(it: Run, optimiser: torch.optim.Optimizer, state: State, monitor: Monitor, stop: list[int]) -> State:
-    c, student = it.config, it.start.student
-    parameters = list(student.parameters())
-    for number in range(state.step, len(it.steps)):
-        lr = learning_rate(number, len(it.steps), peak=c.lr, schedule=c.schedule, warmup=c.warmup, floor=c.min_lr_ratio)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
-        window = [it.train.batch(indices).to(it.device) for indices in it.steps[number]]
-        sums = gradients(student, window, it.objective)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip or math.inf))
-        loss = sums.total(it.weights)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _not_finite(it, number + 1, window, sums, loss, norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        tokens = sum(batch.tokens for batch in window)
-        first = state.first_loss if number else loss
-        state = State(number + 1, first, loss, state.tokens + tokens, state.before)
-        monitor.step(state.step, loss, sums.means, tokens, {"grad_norm": norm, "lr": lr})
-        last = state.step == len(it.steps)
-        if stop and not last:
-            resume.save_partial(it, optimiser, state)
-            raise Paused(f"stopped at step {state.step} of {len(it.steps)}; the same command continues")
-        if c.save_every and state.step % c.save_every == 0 and not last:
-            resume.save_partial(it, optimiser, state)
-        if c.eval_every and state.step % c.eval_every == 0 and not last:
-            values = _held_out(it)
-            monitor.scalars(state.step, _named("val", values))
-    return state
+def _read(it: Run, number: int) -> list[Batch]:
+    """A step's micro-batches, but for the sequences that the student is to answer itself."""
+    own = it.on_policy
+    read = ([i for i in indices if not own.chosen(number, i)] for indices in it.steps[number])
+    return [it.train.batch(indices) for indices in read if indices]
 
 
-def _held_out(it: Run) -> dict[str, float]:
-    """Per-token means over the held-out records, in fp32 at temperature 1, by component; {} where there are none."""
-    stage = msgspec.structs.replace(it.config.stages()[-1], batch_tokens=it.config.stages()[-1].largest)
-    batches = (it.val.batch(part).to(it.device) for part in micro_batches(range(len(it.val)), it.val.lengths, stage))
-    every = it.objective._replace(weights=dict.fromkeys(COMPONENTS, 1.0), divergence=Divergence(), dtype="fp32")
-    return evaluate(it.start.student, batches, every).means
+def _own(it: Run, number: int) -> list[Batch]:
+    """A step's micro-batches of the student's own answers."""
+    own, student = it.on_policy, it.start.student
+    if not own.share:
+        return []
+    chosen = ([i for i in indices if own.chosen(number, i)] for indices in it.steps[number])
+    with precision(it.config.dtype, it.device):
+        return [own_answers(student, it.train, some, own, number, it.start.tokenizer) for some in chosen if some]
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+def _step(work: _Work, state: State, windows: Iterator[list[Batch]]) -> State:
+    it, c, student, number = work.it, work.it.config, work.it.start.student, state.step
+    lr = learning_rate(number, len(it.steps), peak=c.lr, schedule=c.schedule, warmup=c.warmup, floor=c.min_lr_ratio)
+    for group in work.optimiser.param_groups:
+        group["lr"] = lr
+    asked = time.monotonic()
+    window = next(windows)
+    waited = time.monotonic() - asked
+    window = [batch.to(it.device) for batch in window + _own(it, number)]
+    sums = gradients(student, window, it.objective)
+    norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip or math.inf))
+    loss = sums.total(it.weights)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise _not_finite(it, number + 1, window, sums, loss, norm)
+    work.optimiser.step()
+    work.optimiser.zero_grad(set_to_none=True)
+    tokens = sum(batch.tokens for batch in window)
+    work.monitor.step(number + 1, loss, tokens, {**sums.shown, "grad_norm": norm, "lr": lr}, waited)
+    return State(number + 1, state.first_loss if number else loss, loss, state.tokens + tokens, state.before)
 
 
-def _say_held_out(console: Console, when: str, values: dict[str, float]) -> None:
+def _evaluate(work: _Work, state: State) -> dict[str, float]:
+    """Per-token means over the held-out records, also by kind of span (`kl_div/tool_name`); {} where there are none.
+
+    Also shows text samples.
+    """
+    try:
+        sums = evaluation.held_out(work.it, work.stop)
+        texts = evaluation.samples(work.it, work.stop) if work.it.config.tracker != "none" else {}
+    except evaluation.Interrupted:
+        _pause(work, state)
+    work.monitor.scalars(state.step, {f"val/{name}": value for name, value in sums.shown.items()})
+    work.monitor.texts(state.step, texts)
+    return sums.means | sums.span_means
+
+
+def _save(work: _Work, state: State) -> None:
+    """Write a resumable checkpoint beside the loop, after the one before it."""
+    work.writer.wait()
+    work.monitor.sync()
+    data = resume.snapshot(work.it, work.optimiser, state)
+    work.writer.start(lambda: resume.write(work.it, data))
+
+
+def _pause(work: _Work, state: State) -> NoReturn:
+    """Save and stop. Before the first step there is nothing to save."""
+    if state.step:
+        _save(work, state)
+        work.writer.wait()
+    raise Paused(f"stopped at step {state.step} of {len(work.it.steps)}; the same command continues")
+
+
+def _say_held_out(monitor: Monitor, when: str, values: dict[str, float]) -> None:
     if values:
-        _say(console, f"held out, {when}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
-
-
-def _named(group: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{group}/{name}": value for name, value in values.items()}
+        monitor.say(
+            f"held out, {when}: " + "  ".join(f"{name} {values[name]:.4f}" for name in COMPONENTS if name in values)
+        )
 
 
 def _optimiser(student: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

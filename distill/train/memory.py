@@ -78,6 +78,7 @@ def plan(config: TrainConfig, device: torch.device) -> Plan:
         "weights": (n * (6 if bf16 else 4), "fp32, and bf16 copies for the matrix products" if bf16 else "fp32"),
         "gradients": (n * 4, "fp32"),
         "optimiser": (n * 8, "AdamW: two moments in fp32"),
+        "snapshot": (0 if device.type == "cuda" else n * 12, "weights and moments, while a checkpoint is written"),
         "activations": (activations, f"{tokens:,} tokens: {how}"),
         "head": (
             head_bytes(model.vocab_size, model.hidden_size, bf16),

@@ -14,15 +14,22 @@ from distill.data.batches import Examples, plan
 from distill.data.records import Dataset
 from distill.errors import ConfigError
 from distill.train import init
+from distill.train.alignment import AlignedTeacher
 from distill.train.config import TrainConfig, fingerprint
 from distill.train.divergences import Divergence
 from distill.train.objective import COMPONENTS, Objective
+from distill.train.sampling import OnPolicy
+from distill.train.served import ServedTeacher
+from distill.train.teacher import OnlineTeacher
 
 _NEEDS = {
     "kl_div": "the teacher's distributions",
     "ce_teacher": "the teacher's text",
     "ce_ground_truth": "a ground truth",
 }
+
+
+Teacher = OnlineTeacher | AlignedTeacher | ServedTeacher
 
 
 class Run(NamedTuple):
@@ -36,27 +43,30 @@ class Run(NamedTuple):
     mark: str
     device: torch.device
     weights: dict[str, float]
+    teacher: Teacher | None
 
     @property
     def final(self) -> Path:
         """The finished checkpoint."""
-        c = self.config
-        return Path(c.out) if c.out else Path(c.checkpoints) / f"{c.stage}.pt"
+        return self.config.final
 
     def beside(self, suffix: str) -> Path:
         """A file beside the finished checkpoint, named after it."""
         return self.final.with_name(self.final.stem + suffix)
 
     @property
-    def partial(self) -> Path:
-        """The resumable one, there until the run is finished."""
-        return self.final.with_name(f"{self.final.name}.partial")
+    def on_policy(self) -> OnPolicy:
+        """Which sequences are the student's own, and how they are drawn."""
+        section = self.config.on_policy
+        return OnPolicy(**msgspec.structs.asdict(section), seed=self.config.seed) if section else OnPolicy(0.0, 1)
 
     @property
     def objective(self) -> Objective:
         """The loss of a training step."""
         c = self.config
-        return Objective(self.weights, Divergence(c.divergence, c.mix, c.temperature), c.dtype)
+        return Objective(self.weights, Divergence(c.divergence, c.mix, c.temperature), c.dtype,
+                         span_weights=msgspec.structs.asdict(c.span_weights),
+                         teacher=None if self.teacher is None else self.teacher.target)  # fmt: skip
 
 
 class State(NamedTuple):
@@ -81,15 +91,21 @@ def prepare(config: TrainConfig) -> Run:
         )
     wanted = msgspec.structs.asdict(config.loss_weights)
     active = [name for name, weight in wanted.items() if weight]
-    train = Examples(dataset, start.tokenizer, "train", max_length=longest, components=active)
-    comparable = dataset.header.tokenizer_sha256 == start.tokenizer.sha256
-    kinds = COMPONENTS if comparable else COMPONENTS[1:]  # held-out KL is wanted even where it is not trained on
+    device = device_of(config)
+    teacher = _teacher(config, start, device)
+    read = {*active, "ce_teacher"} - {"kl_div"} if teacher else active  # it needs the texts, not the store
+    train = Examples(dataset, start.tokenizer, "train", max_length=longest, components=read)
+    stored = dataset.header.tokenizer_sha256 == start.tokenizer.sha256 and teacher is None
+    kinds = COMPONENTS if stored else COMPONENTS[1:]  # held-out KL is wanted even where it is not trained on
     val = Examples(dataset, start.tokenizer, "val", max_length=longest, components=kinds, limit=config.eval_records)
-    _require_temperature(config, dataset, train)
-    weights = {name: wanted[name] for name in active if train.carried[name]}
+    if teacher is None:
+        _require_temperature(config, dataset, train)
+    weights = {name: wanted[name] for name in active if train.carried[name] or (teacher and name == "kl_div")}
     if not weights:
         left_out = f" ({train.too_long} are longer than {longest} tokens)" if train.too_long else ""
         raise ConfigError(f"{config.data}: no training record carries {' or '.join(active)}{left_out}")
+    if not any(getattr(config.span_weights, kind) for kind in train.spans):
+        raise ConfigError(f"{config.data}: its target tokens are {', '.join(train.spans)}; all weigh 0 (span_weights)")
     steps = plan(train.lengths, config.stages(), config.seed,
                  max_steps=config.max_steps, token_budget=config.token_budget)  # fmt: skip
     inputs = {
@@ -98,7 +114,20 @@ def prepare(config: TrainConfig) -> Run:
         "tokenizer": start.tokenizer.sha256,
         "weights": init.weights_sha256(start.student),
     }
-    return Run(config, start, train, val, steps, fingerprint(config, inputs), device_of(config), weights)
+    if teacher is not None:
+        inputs["teacher"] = teacher.sha256
+    return Run(config, start, train, val, steps, fingerprint(config, inputs), device, weights, teacher)
+
+
+def _teacher(config: TrainConfig, start: init.Start, device: torch.device) -> Teacher | None:
+    if config.teacher is None:
+        return None
+    if config.teacher.url:
+        return ServedTeacher(config.teacher.url, start.tokenizer, k=config.teacher.k, model=config.teacher.model)
+    assert config.teacher.folder is not None
+    if config.teacher.target == "aligned":
+        return AlignedTeacher(config.teacher.folder, start.tokenizer, device)
+    return OnlineTeacher(config.teacher, start.tokenizer, device, config.seed, config.dtype)
 
 
 def describe(it: Run) -> str:
@@ -109,10 +138,14 @@ def describe(it: Run) -> str:
         f"{c.stage}: {it.start.student.config.n_params():,} parameters, {c.dtype} on {it.device}; "
         f"{len(it.train):,} sequences, {len(it.steps):,} steps"
     ]
-    if wanted["kl_div"] and 0 < carried["kl_div"] < carried["ce_teacher"]:
+    if it.teacher is not None:
+        lines.append(f"kl_div: {it.teacher}")
+        if c.on_policy is not None:
+            lines.append(f"on policy: {c.on_policy.share:.0%} of the sequences end in the student's own words")
+    elif wanted["kl_div"] and 0 < carried["kl_div"] < carried["ce_teacher"]:
         lines.append(f"kl_div: {carried['kl_div']:,} of {carried['ce_teacher']:,} target tokens have distributions")
     for name, weight in wanted.items():
-        if weight and not carried[name]:
+        if name not in it.weights and weight:
             text_only = name == "kl_div" and it.train.dataset.header.logprobs is None
             lines.append(f"{name} is absent: {c.data} is text-only" if text_only
                          else f"{name} is absent: no record of {c.data} has {_NEEDS[name]}")  # fmt: skip

@@ -1,7 +1,7 @@
 """One step: the window's loss and its gradient, and the same sums without gradient for held-out evaluation.
 
-Every sum is divided once, by the target tokens of the whole window, so the result does not depend on how the window is
-cut up into micro-batches.
+Every sum is divided once, by the target tokens of the whole window (each counted by its span's weight), so the result
+does not depend on how the window is cut up into micro-batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distill.train.objective import Objective, Sums
 
 def gradients(student: Student, window: Sequence[Batch], objective: Objective) -> Sums:
     """Add the window's gradient to the parameters' `.grad` and return its sums."""
-    denominator = sum(batch.targets for batch in window)
+    denominator = objective.denominator(window)
     found = []
     for batch in window:
         hidden_ND = _hidden(student, batch, objective)
@@ -32,8 +32,8 @@ def gradients(student: Student, window: Sequence[Batch], objective: Objective) -
 
 @torch.no_grad()
 def evaluate(student: Student, batches: Iterable[Batch], objective: Objective) -> Sums:
-    """The sums over `batches`, without gradients."""
-    training, found = student.training, []
+    """The sums over `batches`, without gradients; all spans alike, whatever they weigh in training."""
+    training, found, objective = student.training, [], objective._replace(span_weights={})
     student.eval()
     for batch in batches:
         losses = objective.losses(_hidden(student, batch, objective), student.lm_head.weight, batch, batch.targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import msgspec
@@ -17,10 +17,12 @@ from distill.data import toy
 from distill.data.batches import Examples, plan
 from distill.data.records import Dataset, write_dataset
 from distill.data.schema import Call, Record, Turn, completion_ids
+from distill.data.spans import KINDS, span_kinds, turn_of
 from distill.data.store.capture import learned_tokens
 from distill.errors import ConfigError, DatasetError
 from distill.tokenizer import Tokenizer, toy_tokenizer
 from distill.train.config import LengthStage
+from tests.unit import kd_sets
 from tests.unit.train_sets import episode, random_distribution, tool_episode, write_records, write_set
 
 
@@ -86,6 +88,75 @@ def test_the_tokens_of_tool_results_and_of_the_datasets_turns_never_carry_loss(m
     assert all(owner is not None and record.messages[owner].origin == "teacher" for owner in learned)
     assert len(places) == sum(owner in record.learned for owner in owners)
     assert text == chat.render(record.messages, record.tools).removesuffix("\n")
+
+
+def _by_kind(record: Record) -> list[tuple[str, str]]:
+    """Runs of learned tokens of one kind, as text."""
+    tokenizer = toy_tokenizer()
+    ids, places = _sequence(record)
+    kinds = span_kinds(tokenizer, record.messages, record.tools, record.learned)
+    assert len(kinds) == len(places)
+    runs = groupby(zip(kinds.tolist(), places), key=lambda pair: pair[0])
+    return [(KINDS[kind], tokenizer.decode([ids[place] for _, place in run])) for kind, run in runs]
+
+
+def test_every_learned_token_belongs_to_one_kind_of_span() -> None:
+    assert _by_kind(tool_episode()) == [
+        ("content", "I look."), ("tool_call", '<tool_call>{"name": "'), ("tool_name", "get_weather"),
+        ("tool_call", '", "arguments": '), ("tool_args", "{}}"), ("tool_call", "</tool_call><|im_end|>"),
+        ("reasoning", "<think>\nThe result says so.\n</think>\n\n"), ("final", "It rains.<|im_end|>"),
+    ]  # fmt: skip
+    turns = tool_episode('{"celsius": 21.5, "sky": "light rain"}').messages[:-1]
+    said = Turn("assistant", "I see light rain at 21.5 degrees.", origin="teacher")
+    found = [(kind, text.strip(" .")) for kind, text in _by_kind(episode([*turns, said]))][-5:]
+    assert found == [("final", "I see"), ("integration", "light rain"), ("final", "at"), ("integration", "21.5"),
+                     ("final", "degrees.<|im_end|>")]  # fmt: skip
+
+
+def test_the_kinds_are_those_of_a_record_s_own_targets() -> None:
+    tokenizer, seen = toy_tokenizer(), set()
+    for record in [*(kd_sets.episode(i, tokenizer=tokenizer) for i in range(4)), *toy.build("tools", 8).records]:
+        _, places = _sequence(record)
+        kinds = dict(zip(places, span_kinds(tokenizer, record.messages, record.tools, record.learned).tolist()))
+        for place in places:
+            own = {target.kind for target in record.targets if place in range(*target.tok)}
+            assert not own or KINDS[kinds[place]] == max(own, key=KINDS.index)
+            seen |= own
+    assert seen == set(KINDS)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.one_of(_OTHER, _TEACHER), max_size=6), _TEACHER)
+def test_no_token_has_the_kind_of_another_span(middle, last) -> None:
+    record = episode([Turn("user", "Hi"), *middle, last])
+    text = "".join(text for _, text in _by_kind(record))
+    assert text == _learned_text(record)
+    calls = sum(len(turn.tool_calls) for turn in record.messages if turn.origin == "teacher")
+    assert sum("get_weather" in text for kind, text in _by_kind(record) if kind == "tool_name") == calls
+    for kind, text in _by_kind(record):
+        if kind in ("content", "final", "integration"):
+            assert "get_weather" not in text and "</think>" not in text
+        assert kind != "final" or text.endswith("<|im_end|>")
+
+
+def test_a_ground_truth_s_calls_are_found_where_the_template_would_write_them_so() -> None:
+    call = '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'
+    turn = turn_of(f"<think>\nWhy not?\n</think>\n\nI look.{call}")
+    assert (turn.reasoning, turn.content, turn.tool_calls) == ("Why not?", "I look.", (Call("get_weather", {}),))
+    for text in ("It rains.", call.replace(": {}", ":{}"), f"{call} and more", f"{call} ", "<tool_call>{", " x ",
+                 f"<think>\n{call}\n</think>\n\nx", "<think>\n</think>\n\n"):  # fmt: skip
+        assert turn_of(text) == Turn("assistant", text, origin="teacher")
+
+
+def test_a_batch_carries_its_sequences_kinds_in_their_order(tmp_path: Path) -> None:
+    truth = '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'
+    examples = _examples(write_records(tmp_path / "d.jsonl", [tool_episode(truth=truth)], None))
+    batch = examples.batch([1, 0])
+    name = toy_tokenizer().encode("get_weather")
+    for first, last in ((0, examples[1].targets), (examples[1].targets, batch.targets)):
+        part = slice(first, last)
+        assert batch.labels_N[part][batch.span_N[part] == KINDS.index("tool_name")].tolist() == name
+    assert sum(examples.spans.values()) == batch.targets and examples.spans["tool_name"] == 2 * len(name)
 
 
 def test_every_learned_turn_has_its_rows_and_a_batch_puts_them_at_its_tokens(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_every_shipped_worker_configuration_loads(path: Path) -> None:
             "unknown key 'curriculum[].max_len'; the nearest key is 'curriculum[].max_length'",
         ),
         ("lr: 0", "lr must be above 0"),
-        ("lr: fast", "float"),
+        ("lr: fast", "lr must be a number, not a string"),
         ("schedule: step", "schedule"),
         ("loss_weights: {kl_div: 0, ce_teacher: 0, ce_ground_truth: 0}", "all are 0"),
         ("loss_weights: {kl_div: .nan}", "loss_weights.kl_div"),
