@@ -41,7 +41,7 @@ check: $(READY)  ## format, lint, types, fast tests: before every commit
 	$(PYTHON) -m pytest -q -n 2 -m "not slow and not teacher"
 
 test: $(READY)  ## every test
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2
 
 SHARD ?= 1/1
 

@@ -14,6 +14,7 @@ Skipped                    -   not an error: a check that this machine cannot ma
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import difflib
 import errno
@@ -112,7 +113,7 @@ def stage_main(body: Callable[..., int]) -> Callable[..., int]:
         if os.environ.get("DISTILL_DEBUG"):
             return body(argv)
         try:
-            with _terminable():
+            with _stoppable():
                 return body(argv)
         except DistillError as error:
             print(f"{'paused' if isinstance(error, Paused) else 'error'}: {error}", file=sys.stderr)
@@ -138,19 +139,40 @@ def stage_main(body: Callable[..., int]) -> Callable[..., int]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """The first SIGTERM raises Terminated, a second one acts as ever. A handler that is there already is kept."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+def _stoppable() -> Iterator[None]:
+    """The first SIGTERM raises Terminated, a second one acts as ever. A handler that is there already is kept.
+
+    Python drops what is raised inside a finaliser or a weak reference's callback. A Ctrl-C or SIGTERM that came there
+    is asked for again, a moment later.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before = sys.unraisablehook
 
     def unwind(number: int, frame: types.FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise Terminated
 
+    def ask_again(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt | Terminated):
+            before(dropped)
+            return
+        number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
+        if number == signal.SIGTERM:
+            signal.signal(number, unwind)
+        again = threading.Timer(0.01, _thread.interrupt_main, [number])
+        again.daemon = True
+        again.start()
+
     if ours:
         signal.signal(signal.SIGTERM, unwind)
+    if main:
+        sys.unraisablehook = ask_again
     try:
         yield
     finally:
+        if main:
+            sys.unraisablehook = before
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

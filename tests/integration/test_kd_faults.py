@@ -166,8 +166,10 @@ def test_limits_a_minute_hold_as_the_server_counts_them(
 
 
 def test_a_prompt_that_nobody_answered_for_now_keeps_its_place(reference: Reference, tmp_path: Path) -> None:
-    """With one attempt at a time every fault puts a prompt off; no other may take its place in the quota."""
-    ledger = reference.teacher.begin(faults=[None, None, None, None, "500-soon"] * 100, delay=0.005)
+    """With one attempt at a time every fault puts a prompt off; no other may take its place in the quota. A third
+    fault of the same prompt would be one too many: it is given up."""
+    pattern: list[faults.Item] = [None, None, None, None, "500-soon"]
+    ledger = reference.teacher.begin(faults=pattern * 100, delay=0.005, most_each=2)
     runs = Runs(tmp_path, reference.teacher)
     runs.until_done(attempts=1)
     assert ledger.given.total() > 8

@@ -115,6 +115,9 @@ class FaultTeacher:
         self.refuse_every, self.refusal = refuse_every, refusal
         self.ledger = Ledger(Decimal(prices[0]), Decimal(prices[1]))
         self.asked: Counter[str] = Counter()
+        self.most_each: int | None = None
+        self.failed: Counter[str] = Counter()
+        """Faults given, by conversation."""
         self.headers: list[dict[str, str]] = []
         self.bodies: list[dict[str, Any]] = []
         self.not_before = self.not_before_from = 0.0
@@ -126,9 +129,13 @@ class FaultTeacher:
         self._connections: set[asyncio.StreamWriter] = set()
         self.restarts: list[asyncio.Task[None]] = []
 
-    def begin(self, *, faults: Iterable[wrong.Item] = (), chaos: Chaos | None = None, delay: float = 0.0) -> Ledger:
-        """From here on: a new ledger, these faults."""
+    def begin(
+        self, *, faults: Iterable[wrong.Item] = (), chaos: Chaos | None = None, delay: float = 0.0,
+        most_each: int | None = None,
+    ) -> Ledger:  # fmt: skip
+        """From here on: a new ledger, these faults, no more than `most_each` of them to one conversation."""
         self.ledger = Ledger(*self.ledger.prices)
+        self.most_each, self.failed = most_each, Counter[str]()
         self.faults, self.chaos, self.delay = list(faults), chaos, delay
         self.asked.clear()
         return self.ledger
@@ -231,7 +238,11 @@ class FaultTeacher:
         ledger.arrivals.append((now, exchange.prompt_tokens))
         ledger.early += now < self.not_before - 0.02 and now > self.not_before_from + 0.05
         item = self.faults.pop(0) if self.faults else self.chaos.fault(number) if self.chaos else None
+        key = teacher_answers.identity(exchange.body)
+        if self.most_each is not None and self.failed[key] >= self.most_each:
+            item = None
         if item is not None:
+            self.failed[key] += 1
             ledger.given[wrong.name(item)] += 1
         return await wrong.misbehave(exchange, item)
 
