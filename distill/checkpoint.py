@@ -116,7 +116,7 @@ def require_seal(path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint without unpickling anything unsafe; CheckpointError names what is wrong with it."""
-    data = _read(path)
+    data = read(path)
     _check_kinds(data, path)
     try:
         config = msgspec.convert(data["config"], ModelConfig)
@@ -151,14 +151,16 @@ def _check_kinds(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: not a student checkpoint: lineage is not a list of mappings")
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
+    """The mapping of tensors and plain values that a file holds, unchecked; CheckpointError where it holds others.
+    `mmap`: a tensor is read from the file when it is used."""
     if not Path(path).is_file():
         require_regular(path)
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch suggests torch.jit.load for a TorchScript program
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # its message tells how to load the file all the same: not here
         what = "holds something other than tensors and plain values, or is damaged; not loaded"
         raise CheckpointError(f"{path}: {what}") from error
@@ -198,7 +200,8 @@ def _build(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike
 def _check_weights(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Refuse what is not plain weights of this size, before a model of the size that the file claims is built."""
     for name, value in weights.items():
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        own = type(value) in (torch.Tensor, torch.nn.Parameter)  # other packages make classes of theirs loadable
+        plain = own and value.layout == torch.strided and value.device.type == "cpu"
         if not plain or value.dtype not in _FLOATS or not value.is_contiguous():
             raise CheckpointError(f"{path}: weights of another model: {name} is not a dense tensor of floats")
     layers = {str(name).split(".")[2] for name in weights if str(name).startswith("model.layers.")}

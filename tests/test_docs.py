@@ -107,6 +107,8 @@ def test_a_command_is_one_that_works(command: Command) -> None:
         check_flags("distill", arguments)
     elif program in ("python", "python3.11"):
         check_python(arguments)
+    elif program == "torchrun":
+        check_python(arguments[arguments.index("-m") :])
     elif program == "pytest":
         assert [a for a in arguments if a.startswith("tests")]
     elif program == "bash":

@@ -144,6 +144,28 @@ class OnPolicySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Share of the mass that it is drawn from."""
 
 
+class LoraSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Low-rank adapters (Hu et al. 2021), the only weights that train. Without dropout: a text is seen few times, and
+    the student is to meet the teacher's distribution as it is, not through noise."""
+
+    rank: int = 16
+    """Of each update."""
+    alpha: float = 32.0
+    """An update counts alpha / rank."""
+    targets: list[str] = msgspec.field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """The linear layers of each block that get one."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, not {self.rank}")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"lora.alpha must be above 0, not {self.alpha}")
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"lora.targets must name layers, each once, not {self.targets}")
+
+
 class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Read by the export stage."""
 
@@ -170,6 +192,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A white-box teacher beside the student; None: the distributions that the dataset stores."""
     on_policy: OnPolicySection | None = None
     """Learn from the student's own answers too; needs `teacher`."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters, merged when written (pip install 'distill[scale]'); None: every weight trains."""
     tokenizer: str | None = None
     """`toy` or a tokenizer.json; None: the one beside init's weights."""
 
@@ -190,6 +214,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     curriculum: list[LengthStage] = []
     """Length curriculum; replaces epochs, max_length, batch_size, batch_tokens and accumulation."""
 
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: moments in 8 bits (pip install 'distill[scale]'): 2 bytes a weight, not 8. Its first step compiles."""
     lr: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

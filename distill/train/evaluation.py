@@ -32,11 +32,11 @@ def held_out(it: Run, stop: list[int]) -> Sums:
     """Sums over the held-out records, in fp32 at temperature 1, all components; empty where there are none."""
     stage = it.config.stages()[-1]
     stage = msgspec.structs.replace(stage, batch_tokens=stage.largest)
-    parts = micro_batches(range(len(it.val)), it.val.lengths, stage)
-    batches = (it.val.batch(part).to(it.device) for part in _until(stop, parts))
+    parts = list(micro_batches(range(len(it.val)), it.val.lengths, stage))
+    batches = (it.val.batch(part).to(it.device) for part in _until(stop, it.world.mine(parts)))
     every = it.objective._replace(weights=dict.fromkeys(COMPONENTS, 1.0), divergence=Divergence(), dtype="fp32",
                                   teacher=_exact(it.teacher))  # fmt: skip
-    return evaluate(it.start.student, batches, every)
+    return evaluate(it.model, batches, every, it.world, -(-len(parts) // it.world.size))
 
 
 def _exact(teacher: Teacher | None) -> Callable[[Batch], Target | Aligned] | None:
@@ -47,10 +47,13 @@ def _exact(teacher: Teacher | None) -> Callable[[Batch], Target | Aligned] | Non
 
 
 def samples(it: Run, stop: list[int]) -> dict[str, str]:
-    """Greedy continuations of the first held-out conversations, by the last message before them."""
-    student, tokenizer = it.start.student, it.start.tokenizer
+    """Greedy continuations of the first held-out conversations, by the last message before them; the first process's
+    work."""
+    student, tokenizer = it.whole(keep=it.world.first), it.start.tokenizer
     training, found = student.training, {}
     records = list(dict.fromkeys(example.record for example in it.val.items))[:_SAMPLES]
+    if not it.world.first:
+        return {}
     student.eval()
     for index in _until(stop, records):
         record = it.val.dataset[index]

@@ -1,6 +1,6 @@
 """Stage `worker`: distil a student as a configuration says.
 
-python -m training.distill_kd --config configs/worker_9b.yaml [--plan] [--restart] [--max-steps N]
+python -m training.distill_kd --config configs/worker_9b.yaml [--plan [RANKS]] [--restart] [--max-steps N]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from distill.config import build, load_yaml
 from distill.errors import InputError, stage_main
 from distill.train import loop, memory
 from distill.train.config import TrainConfig
+from distill.train.distributed import launched
 from distill.train.prepare import device_of
 
 
@@ -37,19 +38,26 @@ def command(argv: list[str] | None, prog: str, what: str, require: Callable[[Tra
     parser.add_argument(
         "--config", required=True, help="configs/*.yaml: every key is documented in distill/train/config.py"
     )
-    parser.add_argument("--plan", action="store_true", help="print size and memory plan, and stop")
+    parser.add_argument("--plan", nargs="?", type=int, const=0, metavar="RANKS", help="print the plan, and stop: bytes "
+                        "by kind and tokens a step, of a process on each of RANKS devices; of this run's")  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="train anew over a stopped or finished run")
     parser.add_argument("--max-steps", type=int, help="stop after so many steps, whatever the configuration says")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.max_steps)
     require(config)
-    plan = memory.plan(config, device_of(config))
-    print(plan.table(), flush=True)
-    if args.plan:
+    world = launched()
+    if args.plan is not None and args.plan < 0:
+        raise InputError(f"--plan must be a number of processes, not {args.plan}")
+    plan = memory.plan(config, device_of(config), args.plan or world.size)
+    if world.first:
+        print(plan.table(), flush=True)
+    if args.plan is not None:
         return 0
     plan.require_fits()
     report = loop.run(config, restart=args.restart)
     values = report.values
+    if not world.first:
+        return 0
     print(f"{report.checkpoint}: stage {values['stage']}, {values['steps']:,} steps, {values['tokens']:,} tokens, "
           f"loss {values['first_loss']:.4f} -> {values['loss']:.4f}")  # fmt: skip
     return 0

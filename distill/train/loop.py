@@ -1,4 +1,4 @@
-"""The training loop: one process, one device, every preset and configuration.
+"""The training loop: every preset and configuration, in one process or several (distill/train/distributed.py).
 
 run(config) -> Report          train, or continue, or say that it is done
   prepare.prepare              student, data, plan of all steps, fingerprint
@@ -27,11 +27,14 @@ from distill.errors import DistillError, Paused
 from distill.train import evaluation, resume
 from distill.train.background import Writer, ahead
 from distill.train.config import TrainConfig
+from distill.train.distributed import open_world
 from distill.train.monitor import Monitor, StepLog, say
 from distill.train.objective import COMPONENTS, Sums
-from distill.train.prepare import Run, State, describe, prepare
+from distill.train.optimiser import make_optimiser, set_learning_rate
+from distill.train.prepare import Run, State, describe, device_of, prepare
 from distill.train.sampling import own_answers
 from distill.train.served import ServedTeacher
+from distill.train.sharded import full
 from distill.train.step import gradients, learning_rate, precision
 from distill.train.tracker import open_tracker
 
@@ -54,36 +57,45 @@ def run(config: TrainConfig, *, restart: bool = False, console: Console | None =
 
 
 def _run(config: TrainConfig, restart: bool, console: Console) -> Report:
-    it = prepare(config)
+    with open_world(device_of(config)) as world:
+        return _prepared(prepare(config, world), config, restart, console if world.first else Console(quiet=True))
+
+
+def _prepared(it: Run, config: TrainConfig, restart: bool, console: Console) -> Report:
     with contextlib.closing(it.teacher) if isinstance(it.teacher, ServedTeacher) else contextlib.nullcontext():
         return _trained(it, config, restart, console)
 
 
 def _trained(it: Run, config: TrainConfig, restart: bool, console: Console) -> Report:
     folder = Path(config.runs) / config.stage / it.mark[:12]
-    with StepLog(folder / "steps.jsonl") as log:
-        resume.clean(it)
-        if restart:
-            resume.drop(it)
-        elif (done := resume.finished(it)) is not None:
+    with StepLog(folder / "steps.jsonl") if it.world.first else contextlib.nullcontext() as log:
+        if (done := it.world.from_first(lambda: _already(it, restart))) is not None:
             say(console, f"{it.final}: this run is finished already ({done['steps']} steps); --restart trains anew")
             return Report(it.final, done, True)
-        student = it.start.student.to(it.device).train()
-        student.gradient_checkpointing = config.gradient_checkpointing
-        optimiser = _optimiser(student, config)
+        optimiser = make_optimiser(it.model.train(), config)
         say(console, describe(it))
         torch.manual_seed(config.seed)
         state = State(0, math.inf, math.inf, 0, {})
         if (stopped := resume.find(it, lambda text: say(console, text))) is not None:
             state = resume.restore(it, optimiser, stopped)
             say(console, f"continuing {it.final} at step {state.step} of {len(it.steps)}")
-        tracker = open_tracker(config.tracker, folder, config.stage, it.mark[:12], state.step)
+        tracked = config.tracker if it.world.first else "none"
+        tracker = open_tracker(tracked, folder, config.stage, it.mark[:12], state.step)
         with (
             Monitor(config.stage, len(it.steps), log, tracker, console) as monitor,
             Writer() as writer,
             _stop_signals() as stop,
         ):
             return _train(_Work(it, optimiser, monitor, writer, stop), state)
+
+
+def _already(it: Run, restart: bool) -> dict[str, Any] | None:
+    """Clear up, and the report of this very run if it is finished."""
+    resume.clean(it)
+    if restart:
+        resume.drop(it)
+        return None
+    return resume.finished(it)
 
 
 class _Work(NamedTuple):
@@ -110,7 +122,7 @@ def _train(work: _Work, state: State) -> Report:
                 _evaluate(work, state)
             state = _step(work, state, windows)
             work.writer.check()
-            if work.stop:
+            if any(it.world.gather(bool(work.stop))):
                 _pause(work, state)
             if c.save_every and state.step % c.save_every == 0 and state.step != len(it.steps):
                 _save(work, state)
@@ -118,43 +130,45 @@ def _train(work: _Work, state: State) -> Report:
     after = _evaluate(work, state)
     work.writer.wait()
     _say_held_out(monitor, "after", after)
-    return Report(it.final, resume.finish(it, state, after, speed), False)
+    student = it.whole(keep=it.world.first, device=torch.device("cpu"))
+    report = it.world.from_first(lambda: resume.finish(it, student, state, after, speed))
+    return Report(it.final, report, False)
 
 
 def _read(it: Run, number: int) -> list[Batch]:
-    """A step's micro-batches, but for the sequences that the student is to answer itself."""
+    """This process's micro-batches of a step, but for the sequences that the student is to answer itself."""
     own = it.on_policy
-    read = ([i for i in indices if not own.chosen(number, i)] for indices in it.steps[number])
+    read = ([i for i in indices if not own.chosen(number, i)] for indices in it.world.mine(it.steps[number]))
     return [it.train.batch(indices) for indices in read if indices]
 
 
 def _own(it: Run, number: int) -> list[Batch]:
-    """A step's micro-batches of the student's own answers."""
-    own, student = it.on_policy, it.start.student
+    """The student's own answers, in micro-batches of their own."""
+    own = it.on_policy
     if not own.share:
         return []
-    chosen = ([i for i in indices if own.chosen(number, i)] for indices in it.steps[number])
-    with precision(it.config.dtype, it.device):
+    student = it.whole()  # processes draw different numbers of tokens: shards could not follow
+    chosen = ([i for i in indices if own.chosen(number, i)] for indices in it.world.mine(it.steps[number]))
+    with precision(it.config.dtype, it.device, keep_copies=True):
         return [own_answers(student, it.train, some, own, number, it.start.tokenizer) for some in chosen if some]
 
 
 def _step(work: _Work, state: State, windows: Iterator[list[Batch]]) -> State:
-    it, c, student, number = work.it, work.it.config, work.it.start.student, state.step
+    it, c, number = work.it, work.it.config, state.step
     lr = learning_rate(number, len(it.steps), peak=c.lr, schedule=c.schedule, warmup=c.warmup, floor=c.min_lr_ratio)
-    for group in work.optimiser.param_groups:
-        group["lr"] = lr
+    set_learning_rate(work.optimiser, lr)
     asked = time.monotonic()
     window = next(windows)
     waited = time.monotonic() - asked
     window = [batch.to(it.device) for batch in window + _own(it, number)]
-    sums = gradients(student, window, it.objective)
-    norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), c.grad_clip or math.inf))
+    sums = gradients(it.model, window, it.objective, it.world)
+    norm = float(full(torch.nn.utils.clip_grad_norm_(it.model.parameters(), c.grad_clip or math.inf)))
     loss = sums.total(it.weights)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _not_finite(it, number + 1, window, sums, loss, norm)
     work.optimiser.step()
     work.optimiser.zero_grad(set_to_none=True)
-    tokens = sum(batch.tokens for batch in window)
+    tokens = sum(it.world.gather(sum(batch.tokens for batch in window)))
     work.monitor.step(number + 1, loss, tokens, {**sums.shown, "grad_norm": norm, "lr": lr}, waited)
     return State(number + 1, state.first_loss if number else loss, loss, state.tokens + tokens, state.before)
 
@@ -164,9 +178,10 @@ def _evaluate(work: _Work, state: State) -> dict[str, float]:
 
     Also shows text samples.
     """
+    stop = work.stop if work.it.world.size == 1 else []  # several go through it together, to its end
     try:
-        sums = evaluation.held_out(work.it, work.stop)
-        texts = evaluation.samples(work.it, work.stop) if work.it.config.tracker != "none" else {}
+        sums = evaluation.held_out(work.it, stop)
+        texts = evaluation.samples(work.it, stop) if work.it.config.tracker != "none" else {}
     except evaluation.Interrupted:
         _pause(work, state)
     work.monitor.scalars(state.step, {f"val/{name}": value for name, value in sums.shown.items()})
@@ -177,6 +192,9 @@ def _evaluate(work: _Work, state: State) -> dict[str, float]:
 def _save(work: _Work, state: State) -> None:
     """Write a resumable checkpoint beside the loop, after the one before it."""
     work.writer.wait()
+    if work.it.world.size > 1:
+        work.it.world.gather(None)  # the one before it is whole
+        resume.thin(work.it, state.step)
     work.monitor.sync()
     data = resume.snapshot(work.it, work.optimiser, state)
     work.writer.start(lambda: resume.write(work.it, data))
@@ -197,16 +215,10 @@ def _say_held_out(monitor: Monitor, when: str, values: dict[str, float]) -> None
         )
 
 
-def _optimiser(student: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    matrices = [p for p in student.parameters() if p.ndim >= 2]
-    vectors = [p for p in student.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=True)
-
-
 def _not_finite(it: Run, step: int, window: list[Batch], sums: Sums, loss: float, norm: float) -> DistillError:
     """Save what made it, and say where."""
-    path = it.beside(f".nan_step_{step}.pt")
+    process = f".{it.world.rank}of{it.world.size}" if it.world.size > 1 else ""
+    path = it.beside(f".nan_step_{step}{process}.pt")
     ids = [it.train.dataset[r].id for batch in window for r in batch.records]
     batches = [batch.to(torch.device("cpu"))._asdict() for batch in window]
     with atomic_file(path) as temporary:

@@ -1,4 +1,7 @@
-"""The memory that a run needs, before anything is allocated: parameters counted on the meta device, bytes by kind."""
+"""The plan of a run, before anything is allocated: bytes a rank by kind, and tokens a step.
+
+Not all kinds are held at one time: what a rank needs is the sum at the largest moment (distill/train/footprint.py).
+"""
 
 from __future__ import annotations
 
@@ -10,99 +13,147 @@ import msgspec
 import torch
 
 from distill import checkpoint
-from distill.artifacts import read_json
 from distill.errors import ConfigError
-from distill.model import ModelConfig, Student
-from distill.pretrained import config_from_huggingface
-from distill.train.config import TrainConfig
-from distill.train.divergence import head_bytes
+from distill.model import ModelConfig
+from distill.train.config import LengthStage, TrainConfig
+from distill.train.footprint import MOMENTS, Row, case_of, host_rows, model_of, rows_of
 from distill.train.init import layers_kept
 
 _GIB = 1 << 30
+GPUS = {"H100": 78 * _GIB, "H200": 139 * _GIB}
+"""Free memory of an 80 GB and of a 141 GB device before a run."""
+_RANKS = [1 << i for i in range(11)]
+
+
+class StagePlan(NamedTuple):
+    """What a step of one stage of the curriculum reads, at most."""
+
+    max_length: int
+    batch: int
+    """Tokens a micro-batch."""
+    accumulation: int
+    """Micro-batches a step."""
+    of_rank: int
+    """Micro-batches a step of the busiest rank."""
+    idle: float
+    """Share of all ranks' time in which they have no micro-batch."""
 
 
 class Plan(NamedTuple):
-    """Bytes by kind on the one device that trains, and what the machine has."""
+    """Bytes by kind on the one device of a rank, what else its host holds, and what this machine has."""
 
     parameters: int
+    trained: int
     random: bool
     shape: str
-    rows: dict[str, tuple[int, str]]
+    rows: dict[str, Row]
+    host: dict[str, Row]
+    stages: list[StagePlan]
     device: str
+    ranks: int
     available: int
+    fitting: dict[str, int | None]
+    """Of each kind of GPU, the fewest ranks whose share fits; None: none up to 1,024."""
+
+    @property
+    def peak(self) -> str:
+        """The moment at which most is held."""
+        return max(MOMENTS, key=self.at)
 
     @property
     def needed(self) -> int:
-        """All of it."""
-        return sum(size for size, _ in self.rows.values())
+        """Bytes at the peak."""
+        return self.at(self.peak)
+
+    def at(self, moment: str) -> int:
+        """Bytes held at a moment."""
+        return sum(row.size for row in self.rows.values() if moment in row.at)
 
     def table(self) -> str:
-        """A line a kind."""
-        lines = [f"student      {self.parameters:,} parameters ({self.shape})"]
-        lines += [f"{name:12s} {_gib(size):>11s}  {why}" for name, (size, why) in self.rows.items()]
-        lines += [
-            f"{'total':12s} {_gib(self.needed):>11s}  on one device",
-            f"{'this machine':12s} {_gib(self.available):>11s}  free ({self.device})",
-        ]
+        """A line a kind, in brackets what is not held at the peak; then the stages, and what fits where."""
+        peak, where = self.peak, "on one device" if self.ranks == 1 else f"on each of {self.ranks} devices"
+        frozen = "" if self.trained == self.parameters else f", {self.trained:,} trained"
+        lines = [f"student         {self.parameters:,} parameters{frozen} ({self.shape})"]
+        for name, row in self.rows.items():
+            size = _gib(row.size) if peak in row.at else f"({_gib(row.size)})"
+            lines.append(f"{name:15s} {size:>12s}  {row.why}")
+        lines.append(f"{'total':15s} {_gib(self.needed):>12s}  {where}, at {peak}")
+        lines.append(f"{'this machine':15s} {_gib(self.available):>12s}  free ({self.device})")
+        lines += [f"host: {name:9s} {_gib(row.size):>12s}  {row.why}" for name, row in self.host.items()]
+        lines += ["", *self._stages(), *self._fitting(), *self._warnings()]
+        return "\n".join(lines)
+
+    def _stages(self) -> list[str]:
+        lines = ["max length   tokens a micro-batch   micro-batches a step   tokens a step   micro-batches a rank"]
+        for s in self.stages:
+            lines.append(f"{s.max_length:10,d}   {s.batch:20,d}   {s.accumulation:20,d}   "
+                         f"{s.batch * s.accumulation:13,d}   {s.of_rank:20,d}")  # fmt: skip
+        return lines
+
+    def _fitting(self) -> list[str]:
+        if self.needed <= self.available and self.ranks == 1:
+            return []
+        found = [f"{name} from {n}" if n else f"{name} not up to {_RANKS[-1]:,}" for name, n in self.fitting.items()]
+        return [f"fits, in devices of {', '.join(found)}"]
+
+    def _warnings(self) -> list[str]:
+        lines = [
+            f"warning: {s.accumulation} micro-batches a step over {self.ranks} ranks: {s.idle:.0%} of the machines "
+            f"idles (max_length {s.max_length}: make accumulation a multiple of {self.ranks})"
+            for s in self.stages if s.idle
+        ]  # fmt: skip
         if self.random and self.parameters > 10**8:
             lines.append(
                 "warning: random initialisation at this size: ten thousand samples cannot train it; "
                 "start from a pretrained folder (init.from_pretrained)"
             )
-        return "\n".join(lines)
+        return lines
 
     def require_fits(self) -> None:
         """ConfigError if the machine has less than the run needs."""
         if self.needed > self.available:
             raise ConfigError(
-                f"training needs about {_gib(self.needed)} on one device; "
+                f"training needs about {_gib(self.needed)} on {'one' if self.ranks == 1 else 'each'} device; "
                 f"{self.device} has {_gib(self.available)} free: "
                 f"use a larger machine, a smaller student, a shorter max_length or gradient_checkpointing"
             )
 
 
-def plan(config: TrainConfig, device: torch.device) -> Plan:
-    """Count what `config` will allocate."""
+def plan(config: TrainConfig, device: torch.device, ranks: int = 1) -> Plan:
+    """What each of `ranks` processes will allocate, with a device for each. InputError where a folder it must look at
+    cannot be read."""
     model = model_config(config)
-    with torch.device("meta"):
-        n = sum(p.numel() for p in Student(model).parameters())
-    bf16 = config.dtype == "bf16"
-    tokens = max(stage.largest for stage in config.stages())
-    layer = tokens * activation_bytes(model, bf16)
-    kept = tokens * model.hidden_size * 4 * model.num_hidden_layers
-    if config.gradient_checkpointing:
-        activations, how = kept + layer, "each block's input, and one block recomputed"
-    else:
-        activations, how = layer * model.num_hidden_layers, "every block's"
-    rows = {
-        "weights": (n * (6 if bf16 else 4), "fp32, and bf16 copies for the matrix products" if bf16 else "fp32"),
-        "gradients": (n * 4, "fp32"),
-        "optimiser": (n * 8, "AdamW: two moments in fp32"),
-        "snapshot": (0 if device.type == "cuda" else n * 12, "weights and moments, while a checkpoint is written"),
-        "activations": (activations, f"{tokens:,} tokens: {how}"),
-        "head": (
-            head_bytes(model.vocab_size, model.hidden_size, bf16),
-            "its gradient in fp32, and the logits of one chunk",
-        ),
-    }
+    case = case_of(config, model, device, ranks)
     shape = (
         f"width {model.hidden_size}, {model.num_hidden_layers} layers, {model.num_attention_heads} query and "
         f"{model.num_key_value_heads} KV heads of {model.head_dim}, MLP {model.intermediate_size:,}, "
         f"vocabulary {model.vocab_size:,}"
     )
     fresh = not (config.init.from_pretrained or config.init.checkpoint)
-    return Plan(n, fresh, shape, rows, device.type, available_bytes(device))
+    stages = [_stage_plan(stage, ranks) for stage in config.stages()]
+    gpus = {n: case_of(config, model, torch.device("cuda"), n) for n in _RANKS}
+    held = {n: _peak(rows_of(one)) for n, one in gpus.items()}
+    fitting = {name: next((n for n in _RANKS if held[n] <= size), None) for name, size in GPUS.items()}
+    trained = sum(gpus[1].trained)
+    return Plan(case.parameters, trained, fresh, shape, rows_of(case), host_rows(case), stages, device.type, ranks,
+                available_bytes(device), fitting)  # fmt: skip
+
+
+def _peak(rows: dict[str, Row]) -> int:
+    return max(sum(row.size for row in rows.values() if moment in row.at) for moment in MOMENTS)
+
+
+def _stage_plan(stage: LengthStage, ranks: int) -> StagePlan:
+    busiest = -(-stage.accumulation // ranks)
+    idle = 1 - stage.accumulation / (busiest * ranks)
+    return StagePlan(stage.max_length, stage.largest, stage.accumulation, busiest, idle)
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
     """The dimensions of the student, without its weights where they are in a Hugging Face folder."""
     init = config.init
     if init.from_pretrained:
-        source = f"{init.from_pretrained}/config.json"
-        data = read_json(source)
-        if not isinstance(data, dict):
-            raise ConfigError(f"{source}: expected an object")
-        model = config_from_huggingface(data, source)
+        model = model_of(init.from_pretrained)
     elif init.checkpoint:
         model = checkpoint.load(init.checkpoint).student.config
     else:
@@ -114,21 +165,10 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return model
 
 
-def activation_bytes(model: ModelConfig, bf16: bool) -> int:
-    """Bytes a token that one block keeps for its backward pass, attention being fused."""
-    d, f = model.hidden_size, model.intermediate_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    narrow = 2 if bf16 else 4
-    norms = 2 * (4 * d + 4 * d + narrow * d)  # of each: its input, the normalised value, the matrices' operand
-    attention = narrow * (2 * q + 2 * kv + kv + q)  # q and k before and after RoPE, v, the output
-    mlp = narrow * 4 * f  # gate, silu(gate), up, their product
-    return norms + attention + mlp
-
-
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the device; of the CPU, within the container's limit."""
+    """Free memory of the device; of the CPU, within the container's limit. 0 where there is no such device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else 0
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")

@@ -78,9 +78,9 @@ class StepLog:
 
 
 class Monitor:
-    """Reports steps; a context manager."""
+    """Reports steps; a context manager. Of several processes, only the first has a log and a console that shows."""
 
-    def __init__(self, title: str, total: int, log: StepLog, tracker: Tracker, console: Console) -> None:
+    def __init__(self, title: str, total: int, log: StepLog | None, tracker: Tracker, console: Console) -> None:
         self.console, self.total = console, total
         self._log, self._tracker = log, tracker
         self._bar = Progress(
@@ -103,7 +103,8 @@ class Monitor:
 
     def begin(self, done: int) -> None:
         """The steps after `done` come now: the clock starts."""
-        self._log.begin(done)
+        if self._log is not None:
+            self._log.begin(done)
         self._first, self._start = done, time.monotonic()
         self._bar.reset(self._task, total=self.total, completed=done)
 
@@ -115,7 +116,8 @@ class Monitor:
     def step(self, step: int, total: float, tokens: int, values: Mapping[str, float], waited: float) -> None:
         """Report finished step `step` (counted from 1); `waited`: seconds for its batches."""
         self._tokens += tokens
-        self._log.add({"step": step, "loss": total, "tokens": tokens, **values})
+        if self._log is not None:
+            self._log.add({"step": step, "loss": total, "tokens": tokens, **values})
         times = {"tokens_per_s": self.tokens_per_second, "waited_s": waited}
         self.scalars(step, {f"train/{name}": value for name, value in {"total": total, **values, **times}.items()})
         facts = f"loss {total:.4f}  {self.tokens_per_second:,.0f} tokens/s"
@@ -139,7 +141,8 @@ class Monitor:
 
     def sync(self) -> None:
         """What was reported is on disk: a checkpoint of this step is about to be."""
-        self._log.sync()
+        if self._log is not None:
+            self._log.sync()
         self._tracker.flush()
 
 

@@ -46,9 +46,9 @@ class Objective(NamedTuple):
     teacher: Callable[[Batch], Target | Aligned] | None = None
     """Gives every target token its distribution, in place of those that are stored."""
 
-    def denominator(self, window: Sequence[Batch]) -> float:
-        """Target tokens of a window, each counted by its span's weight; 1 where none weighs anything."""
-        return math.fsum(float(self._span_weight_N(batch).sum(dtype=torch.float64)) for batch in window) or 1.0
+    def weight(self, window: Sequence[Batch]) -> float:
+        """Target tokens of a window, each counted by its span's weight."""
+        return math.fsum(float(self._span_weight_N(batch).sum(dtype=torch.float64)) for batch in window)
 
     def losses(self, hidden_ND: Tensor, head_VD: Tensor, batch: Batch, denominator: float) -> Losses:
         """The losses of a batch's targets, each divided by the step's denominator."""

@@ -8,18 +8,23 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill.artifacts import sha256_file
 from distill.data.batches import Examples, plan
 from distill.data.records import Dataset
 from distill.errors import ConfigError
+from distill.model import Student
 from distill.train import init
+from distill.train.adapters import add_adapters
 from distill.train.alignment import AlignedTeacher
 from distill.train.config import TrainConfig, fingerprint
+from distill.train.distributed import ALONE, World, local_device
 from distill.train.divergences import Divergence
 from distill.train.objective import COMPONENTS, Objective
 from distill.train.sampling import OnPolicy
 from distill.train.served import ServedTeacher
+from distill.train.sharded import Model, outline, shard, whole
 from distill.train.teacher import OnlineTeacher
 
 _NEEDS = {
@@ -36,7 +41,11 @@ class Run(NamedTuple):
     """Everything a run needs, before its first step."""
 
     config: TrainConfig
+    world: World
     start: init.Start
+    """Its student is the one that is trained; of several processes, an outline of it."""
+    model: Model
+    """What is trained: the student on the device, or the process's shards of it."""
     train: Examples
     val: Examples
     steps: list[list[list[int]]]
@@ -53,6 +62,10 @@ class Run(NamedTuple):
     def beside(self, suffix: str) -> Path:
         """A file beside the finished checkpoint, named after it."""
         return self.final.with_name(self.final.stem + suffix)
+
+    def whole(self, *, keep: bool = True, device: torch.device | None = None) -> Student:
+        """The student with its present weights, put together; with `keep` False, for others. All processes call it."""
+        return whole(self.model, self.start.student, device or self.device, keep=keep)
 
     @property
     def on_policy(self) -> OnPolicy:
@@ -79,10 +92,13 @@ class State(NamedTuple):
     before: dict[str, float]
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Read student and data, and lay out every step. ConfigError where there is nothing to learn from."""
+def prepare(config: TrainConfig, world: World = ALONE) -> Run:
+    """Read student and data, lay out every step, put the student on its device or devices.
+
+    ConfigError where there is nothing to learn from.
+    """
     dataset = Dataset.open(config.data)
-    start = init.build(config)
+    start, first, weights_sha256 = _first_weights(config, world)
     longest = config.stages()[-1].max_length
     if longest > start.student.config.max_position_embeddings:
         raise ConfigError(
@@ -112,11 +128,40 @@ def prepare(config: TrainConfig) -> Run:
         "data": sha256_file(config.data),
         "distributions": dataset.header.files.get("logprobs.safetensors"),
         "tokenizer": start.tokenizer.sha256,
-        "weights": init.weights_sha256(start.student),
+        "weights": weights_sha256,
     }
     if teacher is not None:
         inputs["teacher"] = teacher.sha256
-    return Run(config, start, train, val, steps, fingerprint(config, inputs), device, weights, teacher)
+    return Run(config, world, start, _placed(start, first, world, device), train, val, steps,
+               fingerprint(config, inputs), device, weights, teacher)  # fmt: skip
+
+
+def _first_weights(config: TrainConfig, world: World) -> tuple[init.Start, dict[str, Tensor], str]:
+    """The start, its weights and their sha256. Only the first process reads and holds weights: the others get the
+    outline of the student."""
+    weights: dict[str, Tensor] = {}
+
+    def build() -> tuple[init.Start, str]:
+        start = init.build(config)
+        start.student.gradient_checkpointing = config.gradient_checkpointing
+        sha256 = init.weights_sha256(start.student)
+        if config.lora is not None:
+            add_adapters(start.student, config.lora, config.seed)
+        if world.size > 1:
+            weights.update((name, p.detach()) for name, p in start.student.named_parameters())
+            start = start._replace(student=outline(start.student))
+        return start, sha256
+
+    start, sha256 = world.from_first(build)
+    return start, weights, sha256
+
+
+def _placed(start: init.Start, weights: dict[str, Tensor], world: World, device: torch.device) -> Model:
+    if world.size == 1:
+        model: Model = start.student.to(device)
+    else:
+        model = shard(start.student, weights, world, device)
+    return model
 
 
 def _teacher(config: TrainConfig, start: init.Start, device: torch.device) -> Teacher | None:
@@ -138,6 +183,13 @@ def describe(it: Run) -> str:
         f"{c.stage}: {it.start.student.config.n_params():,} parameters, {c.dtype} on {it.device}; "
         f"{len(it.train):,} sequences, {len(it.steps):,} steps"
     ]
+    if it.world.size > 1:
+        lines.append(f"{it.world.size} processes, a shard of the student each, share the micro-batches of a step")
+    if c.lora is not None:
+        trained = sum(p.numel() for p in it.start.student.parameters() if p.requires_grad)
+        lines.append(f"lora: rank {c.lora.rank} on {', '.join(c.lora.targets)}: {trained:,} parameters train")
+    if c.optimiser == "adamw8bit":
+        lines.append("adamw8bit: the first step compiles, some seconds for each shape of parameter")
     if it.teacher is not None:
         lines.append(f"kl_div: {it.teacher}")
         if c.on_policy is not None:
@@ -159,11 +211,11 @@ def describe(it: Run) -> str:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """The device that a run trains on."""
+    """The device that a run, or this process of it, trains on."""
     if config.device != "auto":
-        return torch.device(config.device)
+        return local_device(config.device)
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return local_device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -1,6 +1,8 @@
 """A run on disk: <stage>.step_000120.pt while it works, <stage>.pt, its report and latest.pt once it is finished.
 
-A resumable checkpoint has its sha256 beside it; the last `keep_checkpoints` are kept.
+A resumable checkpoint has its sha256 beside it; the last `keep_checkpoints` are kept. Of several processes each writes
+its own shards, <stage>.step_000120.0of2.pt: beside the loop, waiting for nobody. The checkpoint is there once all parts
+are, and any number of processes can go on from it.
 """
 
 from __future__ import annotations
@@ -8,9 +10,9 @@ from __future__ import annotations
 import glob
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +20,24 @@ from distill import checkpoint
 from distill.artifacts import atomic_file, provenance, sweep, write_json
 from distill.config import as_dict
 from distill.errors import CheckpointError, ConfigError, InputError
+from distill.model import Student
+from distill.train.adapters import adapters, plain
+from distill.train.optimiser import optimiser_state, restore_optimiser
 from distill.train.prepare import Run, State
+from distill.train.sharded import Sharded, local, rows, trained
 
 
-def _resume_of(path: Path, it: Run) -> checkpoint.Checkpoint:
-    """The checkpoint at `path`, if it is this run's; ConfigError if it is another's."""
-    found = checkpoint.load(path)
-    if (found.resume or {}).get("fingerprint") != it.mark:
+class _Saved(NamedTuple):
+    """A resumable checkpoint: a file from each of the processes that wrote it, by rank."""
+
+    step: int
+    paths: list[Path]
+
+
+def _require_ours(path: Path, data: dict[str, Any], it: Run) -> dict[str, Any]:
+    """What `data`, read from `path`, holds for going on; ConfigError if it is another run's."""
+    found = data.get("resume")
+    if not isinstance(found, dict) or found.get("fingerprint") != it.mark:
         raise ConfigError(
             f"{path} was made with another configuration or other data; --restart trains anew over it, "
             f"another `stage` or `checkpoints` keeps it"
@@ -32,15 +45,21 @@ def _resume_of(path: Path, it: Run) -> checkpoint.Checkpoint:
     return found
 
 
-def resumable(it: Run) -> list[Path]:
-    """The resumable checkpoints, newest first."""
-    name = re.compile(re.escape(it.final.stem) + r"\.step_\d{6,}\.pt")
-    found = [path for path in it.final.parent.glob(f"{_stem(it)}.step_*.pt") if name.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+def _saved(it: Run) -> list[_Saved]:
+    """The resumable checkpoints of which every part is there, newest first."""
+    found: dict[tuple[int, int], dict[int, Path]] = {}
+    for path, (step, rank, size) in _parts(it).items():
+        found.setdefault((step, size), {})[rank] = path
+    every = [_Saved(step, [parts[rank] for rank in sorted(parts)]) for (step, size), parts in found.items()
+             if sorted(parts) == list(range(size))]  # fmt: skip
+    return sorted(every, key=lambda saved: (saved.step, len(saved.paths)), reverse=True)
 
 
-def _step_of(path: Path) -> int:
-    return int(path.stem.rpartition("_")[2])
+def _parts(it: Run) -> dict[Path, tuple[int, int, int]]:
+    """Every file of a resumable checkpoint: its step, its process and how many there were."""
+    name = re.compile(re.escape(it.final.stem) + r"\.step_(\d{6,})(?:\.(\d+)of(\d+))?\.pt")
+    found = {path: name.fullmatch(path.name) for path in it.final.parent.glob(f"{_stem(it)}.step_*.pt")}
+    return {path: (int(m[1]), int(m[2] or 0), int(m[3] or 1)) for path, m in found.items() if m}
 
 
 def _stem(it: Run) -> str:
@@ -49,32 +68,45 @@ def _stem(it: Run) -> str:
 
 def finished(it: Run) -> dict[str, Any] | None:
     """The report of this run if it is finished."""
-    if not it.final.exists() or resumable(it):
+    if not it.final.exists() or _saved(it):
         return None
-    resume = _resume_of(it.final, it).resume or {}
-    report = resume.get("report")
+    report = _require_ours(it.final, checkpoint.read(it.final, mmap=True), it).get("report")
     if not isinstance(report, dict):
         raise CheckpointError(f"{it.final}: has no report; --restart trains anew over it")
     return report
 
 
-def find(it: Run, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    """The newest resumable checkpoint of this run that is sound; a damaged one is told, and the one before it taken.
+def find(it: Run, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
+    """The newest resumable checkpoint of this run that is sound, part by part; a damaged one is told, and the one
+    before it taken. All processes call it.
 
     CheckpointError if all are damaged, ConfigError if it is another run's.
     """
-    paths = resumable(it)
+    every = it.world.from_first(lambda: _saved(it))
+    for saved in every:
+        damage = [error for found in it.world.gather(_damage(it.world.mine(saved.paths))) for error in found]
+        if not damage:
+            parts = [checkpoint.read(path, mmap=True) for path in saved.paths]
+            for path, part in zip(saved.paths, parts):
+                _require_ours(path, part, it)
+            return parts
+        say(f"{damage[0]}; it is left aside, and the one before it is used")
+    if every:
+        raise CheckpointError(f"{every[0].paths[0]}: no resumable checkpoint of this run is sound; --restart trains "
+                              f"anew")  # fmt: skip
+    return None
+
+
+def _damage(paths: Sequence[Path]) -> list[str]:
+    """What is wrong with files."""
+    found = []
     for path in paths:
         try:
             checkpoint.require_seal(path)
-            return _resume_of(path, it)
-        except ConfigError:
-            raise
+            checkpoint.read(path, mmap=True)
         except InputError as error:
-            say(f"{error}; it is left aside, and the one before it is used")
-    if paths:
-        raise CheckpointError(f"{paths[0]}: no resumable checkpoint of this run is sound; --restart trains anew")
-    return None
+            found.append(str(error))
+    return found
 
 
 def clean(it: Run) -> None:
@@ -89,10 +121,10 @@ def clean(it: Run) -> None:
 
 def drop(it: Run) -> None:
     """Remove the resumable checkpoints."""
-    _remove(resumable(it))
+    _remove(_parts(it))
 
 
-def _remove(paths: list[Path]) -> None:
+def _remove(paths: Iterable[Path]) -> None:
     """The checkpoint first: one without its sha256 would look damaged."""
     for path in paths:
         path.unlink(missing_ok=True)
@@ -100,23 +132,28 @@ def _remove(paths: list[Path]) -> None:
 
 
 def snapshot(it: Run, optimiser: torch.optim.Optimizer, state: State) -> dict[str, Any]:
-    """A resumable checkpoint of this moment, on the CPU: what training changes next does not change it."""
+    """A resumable checkpoint of this moment, on the CPU: what training changes next does not change it. Of several
+    processes, this one's part."""
     resume = {
         "fingerprint": it.mark,
-        "optimiser": optimiser.state_dict(),
+        "optimiser": optimiser_state(optimiser),
         "rng": _random_state(it.device),
         "tokens": state.tokens,
         "first_loss": state.first_loss,
         "before": state.before,
     }
-    data = checkpoint.contents(it.start.student, it.start.tokenizer, step=state.step, loss=state.loss,
-                               stage=it.config.stage, lineage=_lineage(it, state), resume=resume)  # fmt: skip
+    if isinstance(it.model, Sharded):
+        data: dict[str, Any] = {"step": state.step, "loss": state.loss, "model": trained(it.model), "resume": resume}
+    else:
+        resume["adapters"] = adapters(it.model)
+        data = checkpoint.contents(plain(it.model), it.start.tokenizer, step=state.step, loss=state.loss,
+                                   stage=it.config.stage, lineage=_lineage(it, state), resume=resume)  # fmt: skip
     return _copied(data)
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return local(value).detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     return [_copied(inner) for inner in value] if isinstance(value, list) else value
@@ -124,11 +161,19 @@ def _copied(value: Any) -> Any:
 
 def write(it: Run, data: dict[str, Any]) -> None:
     """Write a snapshot, and then remove those that are not to be kept."""
-    path = it.beside(f".step_{data['step']:06d}.pt")
-    checkpoint.write_sealed(path, data)
-    later = [other for other in resumable(it) if _step_of(other) > data["step"]]  # found damaged
-    _remove(later)
-    _remove(resumable(it)[it.config.keep_checkpoints :])
+    process = "" if it.world.size == 1 else f".{it.world.rank}of{it.world.size}"
+    checkpoint.write_sealed(it.beside(f".step_{data['step']:06d}{process}.pt"), data)
+    if it.world.size == 1:
+        thin(it, data["step"])
+
+
+def thin(it: Run, step: int) -> None:
+    """Remove all but the last checkpoints up to this step that are to be kept; a later one was found damaged. Of
+    several processes the first does it, once they all have written."""
+    kept = [saved for saved in _saved(it) if saved.step <= step][: it.config.keep_checkpoints]
+    if it.world.first and kept:
+        paths = {path for saved in kept for path in saved.paths}
+        _remove([path for path in _parts(it) if path not in paths])
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -139,34 +184,34 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def restore(it: Run, optimiser: torch.optim.Optimizer, found: checkpoint.Checkpoint) -> State:
+def restore(it: Run, optimiser: torch.optim.Optimizer, parts: list[dict[str, Any]]) -> State:
     """Put weights, optimiser and random state back; returns where the run stands."""
-    resume = found.resume or {}
     try:
-        it.start.student.load_state_dict(found.student.state_dict())
-        optimiser.load_state_dict(resume["optimiser"])
-        _check_moments(optimiser)
+        resume = parts[min(it.world.rank, len(parts) - 1)]["resume"]
+        _restore_weights(it, parts)
+        restore_optimiser(optimiser, [part["resume"]["optimiser"] for part in parts])
         torch.set_rng_state(resume["rng"]["cpu"])
         if it.device.type in resume["rng"] and it.device.type != "cpu":
             torch.get_device_module(it.device).set_rng_state(resume["rng"][it.device.type])
-        if not 0 < found.step <= len(it.steps):
-            raise ValueError(f"step {found.step} of {len(it.steps)}")
+        step, loss = int(parts[0]["step"]), float(parts[0]["loss"])
+        if not 0 < step <= len(it.steps):
+            raise ValueError(f"step {step} of {len(it.steps)}")
         before = {str(name): float(value) for name, value in resume["before"].items()}
-        return State(found.step, float(resume["first_loss"]), found.loss, int(resume["tokens"]), before)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return State(step, float(resume["first_loss"]), loss, int(resume["tokens"]), before)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{it.final}: its run cannot be continued: {reason}; --restart trains anew") from error
 
 
-def _check_moments(optimiser: torch.optim.Optimizer) -> None:
-    """Every parameter has AdamW's moments, of its shape."""
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            kept = optimiser.state[parameter]
-            shapes = {name: tuple(kept[name].shape) for name in ("step", "exp_avg", "exp_avg_sq")}
-            own = tuple(parameter.shape)
-            if shapes != {"step": (), "exp_avg": own, "exp_avg_sq": own}:
-                raise ValueError(f"moments of shape {shapes} for a parameter of {own}")
+@torch.no_grad()
+def _restore_weights(it: Run, parts: list[dict[str, Any]]) -> None:
+    """What trains; what is frozen is as the run built it. ValueError where they are other weights."""
+    own = trained(it.model)
+    saved = [part["resume"].get("adapters") or part["model"] for part in parts]
+    if any(set(weights) != set(own) for weights in saved):
+        raise ValueError("its weights are not those of this run")
+    for name, value in own.items():
+        value.copy_(rows([weights[name] for weights in saved], value))
 
 
 def _lineage(it: Run, state: State) -> list[dict[str, Any]]:
@@ -182,7 +227,7 @@ def _latest(it: Run) -> Path:
     return it.final.with_name("latest.pt")
 
 
-def finish(it: Run, state: State, after: dict[str, float], speed: float) -> dict[str, Any]:
+def finish(it: Run, student: Student, state: State, after: dict[str, float], speed: float) -> dict[str, Any]:
     """Write latest.pt, the report and, last, the stage's checkpoint; drop the resumable ones. Returns the report."""
     c = it.config
     report = _report(it, state, after)
@@ -196,8 +241,8 @@ def finish(it: Run, state: State, after: dict[str, float], speed: float) -> dict
                 shutil.copyfile(whole, temporary)
         write_json(it.beside(".report.json"), report | {"tokens_per_second": round(speed, 1), "provenance": made})
 
-    data = checkpoint.contents(it.start.student, it.start.tokenizer, step=state.step, loss=state.loss, stage=c.stage,
-                               lineage=_lineage(it, state), provenance=made,
+    data = checkpoint.contents(plain(student), it.start.tokenizer, step=state.step, loss=state.loss,
+                               stage=c.stage, lineage=_lineage(it, state), provenance=made,
                                resume={"fingerprint": it.mark, "report": report})  # fmt: skip
     checkpoint.write(it.final, data, beside=beside)
     drop(it)
