@@ -87,6 +87,16 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """InputError if no file can be written in `folder`, which is made."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {describe_os_error(error, folder)}") from error
+
+
 def require_replaceable_file(path: str | os.PathLike[str]) -> None:
     """InputError if `path` is there and is a folder, a symbolic link, a device or a pipe."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):

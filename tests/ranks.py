@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -19,25 +18,23 @@ _FORKS.set_forkserver_preload(
 )
 
 
-def _child(
-    rank: int, size: int, port: int, silent: bool, body: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
+def _child(rank: int, size: int, port: int, stderr: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= where | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    if silent:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    if stderr:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), 2)
     body(*arguments)
 
 
 class Ranks:
-    """`size` processes that each run `body(*arguments)`."""
+    """`size` processes that each run `body(*arguments)`; `stderr`: the file that they all write it to."""
 
-    def __init__(self, size: int, body: Callable[..., None], *arguments: Any, silent: bool = False) -> None:
+    def __init__(self, size: int, body: Callable[..., None], *arguments: Any, stderr: str = "") -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.processes: list[BaseProcess] = []
         for rank in range(size):
-            process = _FORKS.Process(target=_child, args=(rank, size, port, silent, body, arguments))
+            process = _FORKS.Process(target=_child, args=(rank, size, port, stderr, body, arguments))
             process.start()
             self.processes.append(process)
 

@@ -29,6 +29,10 @@ from distill.errors import ConfigError, DatasetError, InputError
 from distill.tokenizer import Tokenizer
 
 
+_MOST_STEPS = 10**6
+"""They are laid out before a run starts."""
+
+
 class Example(NamedTuple):
     """A sequence up to its last target: the newline that closes the turn is not in it."""
 
@@ -271,6 +275,8 @@ def plan(
                 step = batches[first : first + stage.accumulation]
                 steps.append(step)
                 tokens += sum(lengths[i] for batch in step for i in batch)
+                if len(steps) > _MOST_STEPS:
+                    raise ConfigError(f"more than {_MOST_STEPS:,} steps: fewer epochs, or max_steps")
                 if len(steps) == max_steps or (token_budget is not None and tokens >= token_budget):
                     return steps
     return steps

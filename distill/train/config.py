@@ -11,6 +11,7 @@ from distill.artifacts import canonical_json, sha256_text
 from distill.config import as_dict
 from distill.model import ModelConfig
 from distill.train.divergences import Divergence, Kind
+from distill.train.sampling import OnPolicy
 from distill.train.tracker import Kind as Tracker
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -143,6 +144,12 @@ class OnPolicySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_p: float = 1.0
     """Share of the mass that it is drawn from."""
 
+    def __post_init__(self) -> None:
+        try:
+            OnPolicy(**msgspec.structs.asdict(self)).require_valid()
+        except ValueError as error:
+            raise ValueError(f"on_policy: {error}") from error
+
 
 class LoraSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Low-rank adapters (Hu et al. 2021), the only weights that train. Without dropout: a text is seen few times, and
@@ -158,8 +165,8 @@ class LoraSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The linear layers of each block that get one."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank must be at least 1, not {self.rank}")
+        if not 1 <= self.rank < 1 << 16:
+            raise ValueError(f"lora.rank must lie in 1 to 65535, not {self.rank}")
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"lora.alpha must be above 0, not {self.alpha}")
         if not self.targets or len(set(self.targets)) != len(self.targets):
@@ -200,7 +207,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epochs: int = 1
     """Passes over the data."""
     max_steps: int | None = None
-    """Stop after so many steps (the schedule ends there too)."""
+    """Stop after so many steps. The schedule ends there too: another number is another run."""
     token_budget: int | None = None
     """Stop after the step that reaches so many tokens, prompts included, padding not."""
     max_length: int = 512
@@ -274,6 +281,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For the export stage."""
 
     def __post_init__(self) -> None:
+        _require_paths(self)
         for name in ("epochs", "max_length", "batch_size", "accumulation", "eval_records", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -281,8 +289,11 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         for name in ("weight_decay", "grad_clip", "threads", "save_every", "eval_every"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name, limit in (("seed", 1 << 63), ("threads", 1 << 12)):
+            if not 0 <= getattr(self, name) < limit:
+                raise ValueError(f"{name} must lie in 0 to {limit - 1}, not {getattr(self, name)}")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -320,12 +331,29 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.out) if self.out else Path(self.checkpoints) / f"{self.stage}.pt"
 
 
+def _require_paths(config: TrainConfig) -> None:
+    """ValueError where a path holds what no path does, and what would break the line that names it."""
+    paths = {"data": config.data, "tokenizer": config.tokenizer, "checkpoints": config.checkpoints, "out": config.out,
+             "runs": config.runs, "init.from_pretrained": config.init.from_pretrained,
+             "init.checkpoint": config.init.checkpoint}  # fmt: skip
+    if config.teacher is not None:
+        paths |= {"teacher.folder": config.teacher.folder, "teacher.url": config.teacher.url}
+    for name, value in paths.items():
+        if value is not None and not value.isprintable():
+            raise ValueError(f"{name}: {value!r} is no path")
+
+
 _NOT_THE_RESULT = (
     "checkpoints", "out", "runs", "save_every", "keep_checkpoints", "eval_every", "tracker", "export",
 )  # fmt: skip
 
 
-def fingerprint(config: TrainConfig, inputs: dict[str, Any]) -> str:
-    """Identity of a run's result: the settings that shape the weights, and the sha256 of what went in."""
+def identity(config: TrainConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run's result: the settings that shape the weights, and the sha256 of what went in."""
     settings = {key: value for key, value in as_dict(config).items() if key not in _NOT_THE_RESULT}
-    return sha256_text(canonical_json({"config": settings, "inputs": inputs}))
+    return {"config": settings, "inputs": inputs}
+
+
+def fingerprint(made_of: dict[str, Any]) -> str:
+    """sha256 of an identity."""
+    return sha256_text(canonical_json(made_of))

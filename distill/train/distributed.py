@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from distill.errors import DistillError, Paused
+
 Value = TypeVar("Value")
 
 
@@ -76,5 +78,14 @@ def open_world(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield world
+    try:
+        yield world
+    except (Paused, SystemExit):  # all of them stop
+        dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        raise DistillError("another process of this run has ended, and this one with it; its own message says why"
+                           ) from error  # fmt: skip
     dist.destroy_process_group()  # after an error torchrun ends the others, who may be waiting for this one

@@ -144,16 +144,21 @@ def _run(
     return (d_hidden_MD, d_weight_VD), facts
 
 
-def head_bytes(vocabulary: int, width: int, bf16: bool) -> int:
-    """What a call allocates beyond its inputs: the weight's gradient, a chunk's logits, and bf16 operands of both."""
-    chunk = max(64, _CHUNK // vocabulary)
-    return (vocabulary * width + chunk * vocabulary) * (6 if bf16 else 4)
+def head_bytes(tokens: int, vocabulary: int, width: int, *, bf16: bool, cuda: bool, extra: int = 0) -> int:
+    """What a call allocates beyond hidden states and both gradients: a chunk's logits, `extra` more of what is worked
+    on at one time (4 for a dense target), and in bf16 the operands, and the weight's gradient from one chunk."""
+    chunk = vocabulary * min(max(64, _CHUNK // vocabulary), tokens)
+    worked = chunk if cuda else min(max(_BLOCK, vocabulary), chunk)
+    narrow = 2 * chunk + (6 if cuda else 4) * vocabulary * width
+    return 4 * chunk + 4 * worked * extra + (narrow if bf16 else 0)
 
 
 def _block(z_RV: Tensor, teacher_RV: Tensor | None, at: slice, work: _Work, facts: _Facts) -> None:
     """Write the facts of tokens `at`, and over their logits the gradient of the weighted losses."""
     how, label_R, ce_weight_R = work.how, _at(work.labels_M, at), _at(work.cross_entropy_weight_M, at)
     weight_R = _at(work.divergence_weight_M, at)
+    if label_R is not None and ce_weight_R is not None:
+        label_R = torch.where(ce_weight_R != 0, label_R, 0)  # what weighs nothing may be no id
     picked_R = None if label_R is None else z_RV.gather(1, label_R[:, None])[:, 0]
     apart = ce_weight_R is not None and work.target is not None and how.temperature != 1.0
     beside_RV, lse_R = z_RV.clone() if apart else z_RV[:0], z_RV[:0, 0]

@@ -97,7 +97,11 @@ def _skew_kl(log_t: Tensor, t: Tensor, log_s: Tensor, s: Tensor, share: float) -
     """KL(t || m), m = a t + (1 - a) s (Ko et al. 2024, DistiLLM); g = -(1 - a) t / m."""
     over_t, _ = _log_mixture(log_t, log_s, share)
     value = -(t * over_t).sum(-1)
-    return value, _through_softmax(s, over_t.neg_().expm1_().mul_(share - 1))
+    excess = over_t.neg().expm1_()  # t / m - 1, which is small where the two are near
+    far = (s * excess).sum(-1, keepdim=True) < -0.5  # and nearly -1 where they are far: there t / m itself
+    if bool(far.any()):
+        excess = torch.where(far, over_t.neg_().exp_(), excess)
+    return value, _through_softmax(s, excess.mul_(share - 1))
 
 
 def _skew_reverse_kl(log_t: Tensor, t: Tensor, log_s: Tensor, s: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -132,6 +136,12 @@ def _through_softmax(s: Tensor, g: Tensor) -> Tensor:
 def _log_mixture(log_t: Tensor, log_s: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """log m - log t and log m - log s for m = share * t + (1 - share) * s."""
     d = log_s - log_t
-    less = torch.where(d >= 0, d.new_tensor(share), d.new_tensor(1 - share))  # the share of the smaller of the two
-    over_larger = d.abs().neg_().expm1_().mul_(less).log1p_()  # log m - log max(t, s)
+    larger = d >= 0
+    less = torch.where(larger, d.new_tensor(share), d.new_tensor(1 - share))  # the share of the smaller of the two
+    apart = d.abs().neg_()
+    below = apart.expm1().mul_(less)  # m / max(t, s) - 1
+    over_larger = below.log1p()
+    if not 0.25 <= share <= 0.75:  # the larger one may count for so little that 1 - less is lost in 1 + below
+        more = torch.where(larger, d.new_tensor(1 - share), d.new_tensor(share))
+        over_larger = torch.where(below > -0.5, over_larger, apart.exp_().mul_(less).add_(more).log_())
     return over_larger + d.clamp(min=0), over_larger.sub_(d.clamp_(max=0))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import msgspec
+import torch
 
 from distill import chat
 from distill.data.batches import Batch, micro_batches
@@ -49,7 +50,8 @@ def _exact(teacher: Teacher | None) -> Callable[[Batch], Target | Aligned] | Non
 def samples(it: Run, stop: list[int]) -> dict[str, str]:
     """Greedy continuations of the first held-out conversations, by the last message before them; the first process's
     work."""
-    student, tokenizer = it.whole(keep=it.world.first), it.start.tokenizer
+    device = it.device if it.world.size == 1 else torch.device("cpu")  # beside a shard there may be no room for it
+    student, tokenizer = it.whole(keep=it.world.first, device=device), it.start.tokenizer
     training, found = student.training, {}
     records = list(dict.fromkeys(example.record for example in it.val.items))[:_SAMPLES]
     if not it.world.first:

@@ -13,7 +13,7 @@ from distill.errors import InputError, stage_main
 from distill.train import loop, memory
 from distill.train.config import TrainConfig
 from distill.train.distributed import launched
-from distill.train.prepare import device_of
+from distill.train.prepare import device_of, require_device
 
 
 def load_config(path: str, max_steps: int | None = None) -> TrainConfig:
@@ -38,21 +38,24 @@ def command(argv: list[str] | None, prog: str, what: str, require: Callable[[Tra
     parser.add_argument(
         "--config", required=True, help="configs/*.yaml: every key is documented in distill/train/config.py"
     )
-    parser.add_argument("--plan", nargs="?", type=int, const=0, metavar="RANKS", help="print the plan, and stop: bytes "
-                        "by kind and tokens a step, of a process on each of RANKS devices; of this run's")  # fmt: skip
+    world = launched()
+    parser.add_argument("--plan", nargs="?", type=int, const=world.size, metavar="RANKS", help="print the plan, and "
+                        "stop: bytes by kind and tokens a step, of a process on each of RANKS devices; of this run's"
+                        )  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="train anew over a stopped or finished run")
-    parser.add_argument("--max-steps", type=int, help="stop after so many steps, whatever the configuration says")
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps, whatever the configuration says "
+                        "(the schedule ends there: another number is another run)")  # fmt: skip
     args = parser.parse_args(argv)
     config = load_config(args.config, args.max_steps)
     require(config)
-    world = launched()
-    if args.plan is not None and args.plan < 0:
+    if args.plan is not None and args.plan < 1:
         raise InputError(f"--plan must be a number of processes, not {args.plan}")
     plan = memory.plan(config, device_of(config), args.plan or world.size)
     if world.first:
         print(plan.table(), flush=True)
     if args.plan is not None:
         return 0
+    require_device(config)
     plan.require_fits()
     report = loop.run(config, restart=args.restart)
     values = report.values

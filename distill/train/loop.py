@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from rich.console import Console
 
-from distill.artifacts import atomic_file
+from distill.artifacts import atomic_file, require_writable
 from distill.data.batches import Batch
 from distill.errors import DistillError, Paused
 from distill.train import evaluation, resume
@@ -34,7 +34,7 @@ from distill.train.optimiser import make_optimiser, set_learning_rate
 from distill.train.prepare import Run, State, describe, device_of, prepare
 from distill.train.sampling import own_answers
 from distill.train.served import ServedTeacher
-from distill.train.sharded import full
+from distill.train.sharded import full, local, trained
 from distill.train.step import gradients, learning_rate, precision
 from distill.train.tracker import open_tracker
 
@@ -91,6 +91,7 @@ def _trained(it: Run, config: TrainConfig, restart: bool, console: Console) -> R
 
 def _already(it: Run, restart: bool) -> dict[str, Any] | None:
     """Clear up, and the report of this very run if it is finished."""
+    require_writable(it.final.parent)
     resume.clean(it)
     if restart:
         resume.drop(it)
@@ -111,6 +112,7 @@ class _Work(NamedTuple):
 
 def _train(work: _Work, state: State) -> Report:
     it, c, monitor = work.it, work.it.config, work.monitor
+    _require_finite(work, state)
     if not state.step:
         state = state._replace(before=_evaluate(work, state))
         _say_held_out(monitor, "before", state.before)
@@ -127,6 +129,7 @@ def _train(work: _Work, state: State) -> Report:
             if c.save_every and state.step % c.save_every == 0 and state.step != len(it.steps):
                 _save(work, state)
     speed = monitor.tokens_per_second
+    _require_finite(work, state)
     after = _evaluate(work, state)
     work.writer.wait()
     _say_held_out(monitor, "after", after)
@@ -184,6 +187,9 @@ def _evaluate(work: _Work, state: State) -> dict[str, float]:
         texts = evaluation.samples(work.it, stop) if work.it.config.tracker != "none" else {}
     except evaluation.Interrupted:
         _pause(work, state)
+    for name, value in sums.means.items():
+        if not math.isfinite(value):
+            raise DistillError(f"step {state.step}: {name} of the held-out records is {value}")
     work.monitor.scalars(state.step, {f"val/{name}": value for name, value in sums.shown.items()})
     work.monitor.texts(state.step, texts)
     return sums.means | sums.span_means
@@ -191,6 +197,7 @@ def _evaluate(work: _Work, state: State) -> dict[str, float]:
 
 def _save(work: _Work, state: State) -> None:
     """Write a resumable checkpoint beside the loop, after the one before it."""
+    _require_finite(work, state)
     work.writer.wait()
     if work.it.world.size > 1:
         work.it.world.gather(None)  # the one before it is whole
@@ -200,11 +207,21 @@ def _save(work: _Work, state: State) -> None:
     work.writer.start(lambda: resume.write(work.it, data))
 
 
+def _require_finite(work: _Work, state: State) -> None:
+    """DistillError if the last update has spoilt the weights: they are not written over sound ones."""
+    sound = all(bool(local(value).isfinite().all()) for value in trained(work.it.model).values())
+    if not all(work.it.world.gather(sound)):
+        when = f" after its update (learning rate {work.it.config.lr:g})" if state.step else ", those it starts from"
+        raise DistillError(f"step {state.step}: weights are not finite{when}")
+
+
 def _pause(work: _Work, state: State) -> NoReturn:
     """Save and stop. Before the first step there is nothing to save."""
     if state.step:
         _save(work, state)
         work.writer.wait()
+    if not work.it.world.first:
+        raise SystemExit(Paused.exit_code)  # the first process says it
     raise Paused(f"stopped at step {state.step} of {len(work.it.steps)}; the same command continues")
 
 

@@ -16,7 +16,7 @@ from distill import checkpoint
 from distill.errors import ConfigError
 from distill.model import ModelConfig
 from distill.train.config import LengthStage, TrainConfig
-from distill.train.footprint import MOMENTS, Row, case_of, host_rows, model_of, rows_of
+from distill.train.footprint import MOMENTS, Row, case_of, held, host_rows, model_of, rows_of
 from distill.train.init import layers_kept
 
 _GIB = 1 << 30
@@ -51,7 +51,10 @@ class Plan(NamedTuple):
     stages: list[StagePlan]
     device: str
     ranks: int
+    local: int
+    """Of them, on this machine."""
     available: int
+    host_available: int
     fitting: dict[str, int | None]
     """Of each kind of GPU, the fewest ranks whose share fits; None: none up to 1,024."""
 
@@ -65,9 +68,15 @@ class Plan(NamedTuple):
         """Bytes at the peak."""
         return self.at(self.peak)
 
+    @property
+    def host_needed(self) -> int:
+        """Bytes that this machine's ranks have in its memory, beside their GPUs: all have their snapshots, only one the
+        whole student, and not then."""
+        return max((row.size * (1 if name == "whole" else self.local) for name, row in self.host.items()), default=0)
+
     def at(self, moment: str) -> int:
         """Bytes held at a moment."""
-        return sum(row.size for row in self.rows.values() if moment in row.at)
+        return held(self.rows)[moment]
 
     def table(self) -> str:
         """A line a kind, in brackets what is not held at the peak; then the stages, and what fits where."""
@@ -80,6 +89,8 @@ class Plan(NamedTuple):
         lines.append(f"{'total':15s} {_gib(self.needed):>12s}  {where}, at {peak}")
         lines.append(f"{'this machine':15s} {_gib(self.available):>12s}  free ({self.device})")
         lines += [f"host: {name:9s} {_gib(row.size):>12s}  {row.why}" for name, row in self.host.items()]
+        if self.host:
+            lines.append(f"{'this host':15s} {_gib(self.host_available):>12s}  free")
         lines += ["", *self._stages(), *self._fitting(), *self._warnings()]
         return "\n".join(lines)
 
@@ -111,11 +122,20 @@ class Plan(NamedTuple):
 
     def require_fits(self) -> None:
         """ConfigError if the machine has less than the run needs."""
-        if self.needed > self.available:
+        among = self.local if self.device == "cpu" else 1  # that share what is available
+        if self.needed * among > self.available:
+            one = "one" if self.ranks == 1 else "each"
+            where = f"for {among} processes" if among > 1 else f"on {one} device"
             raise ConfigError(
-                f"training needs about {_gib(self.needed)} on {'one' if self.ranks == 1 else 'each'} device; "
+                f"training needs about {_gib(self.needed * among)} {where}; "
                 f"{self.device} has {_gib(self.available)} free: "
                 f"use a larger machine, a smaller student, a shorter max_length or gradient_checkpointing"
+            )
+        if self.host_needed > self.host_available:
+            raise ConfigError(
+                f"checkpoints of {self.local} processes need about {_gib(self.host_needed)} of this machine's memory "
+                f"beside its devices; {_gib(self.host_available)} are free: "
+                f"use a larger machine, or lora, optimiser: adamw8bit or more machines"
             )
 
 
@@ -131,16 +151,13 @@ def plan(config: TrainConfig, device: torch.device, ranks: int = 1) -> Plan:
     )
     fresh = not (config.init.from_pretrained or config.init.checkpoint)
     stages = [_stage_plan(stage, ranks) for stage in config.stages()]
-    gpus = {n: case_of(config, model, torch.device("cuda"), n) for n in _RANKS}
-    held = {n: _peak(rows_of(one)) for n, one in gpus.items()}
-    fitting = {name: next((n for n in _RANKS if held[n] <= size), None) for name, size in GPUS.items()}
+    gpus = {n: case._replace(device=torch.device("cuda"), ranks=n) for n in _RANKS}
+    most = {n: max(held(rows_of(one)).values()) for n, one in gpus.items()}
+    fitting = {name: next((n for n in _RANKS if most[n] <= size), None) for name, size in GPUS.items()}
     trained = sum(gpus[1].trained)
+    local = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))  # torchrun's
     return Plan(case.parameters, trained, fresh, shape, rows_of(case), host_rows(case), stages, device.type, ranks,
-                available_bytes(device), fitting)  # fmt: skip
-
-
-def _peak(rows: dict[str, Row]) -> int:
-    return max(sum(row.size for row in rows.values() if moment in row.at) for moment in MOMENTS)
+                local, available_bytes(device), available_bytes(torch.device("cpu")), fitting)  # fmt: skip
 
 
 def _stage_plan(stage: LengthStage, ranks: int) -> StagePlan:

@@ -119,7 +119,7 @@ def _moment(name: str, parts: list[Any], parameter: Tensor) -> Tensor:
         return rows(parts, parameter)
     world = launched()
     if len(parts) != world.size:
-        raise ValueError(f"8-bit moments of {len(parts)} processes cannot be divided anew, among {world.size}")
+        raise ValueError(f"8-bit moments cannot be divided anew: go on with {len(parts)} processes, not {world.size}")
     mine = parts[world.rank]
     moment = _unpacked(name, mine) if isinstance(mine, dict) else mine
     if moment.shape != local(parameter).shape:

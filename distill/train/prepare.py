@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from distill.model import Student
 from distill.train import init
 from distill.train.adapters import add_adapters
 from distill.train.alignment import AlignedTeacher
-from distill.train.config import TrainConfig, fingerprint
+from distill.train.config import TrainConfig, fingerprint, identity
 from distill.train.distributed import ALONE, World, local_device
 from distill.train.divergences import Divergence
 from distill.train.objective import COMPONENTS, Objective
@@ -49,10 +49,16 @@ class Run(NamedTuple):
     train: Examples
     val: Examples
     steps: list[list[list[int]]]
-    mark: str
+    made_of: dict[str, Any]
+    """Settings and inputs that its result follows from."""
     device: torch.device
     weights: dict[str, float]
     teacher: Teacher | None
+
+    @property
+    def mark(self) -> str:
+        """The fingerprint of its result."""
+        return fingerprint(self.made_of)
 
     @property
     def final(self) -> Path:
@@ -97,6 +103,7 @@ def prepare(config: TrainConfig, world: World = ALONE) -> Run:
 
     ConfigError where there is nothing to learn from.
     """
+    require_device(config)
     dataset = Dataset.open(config.data)
     start, first, weights_sha256 = _first_weights(config, world)
     longest = config.stages()[-1].max_length
@@ -133,7 +140,7 @@ def prepare(config: TrainConfig, world: World = ALONE) -> Run:
     if teacher is not None:
         inputs["teacher"] = teacher.sha256
     return Run(config, world, start, _placed(start, first, world, device), train, val, steps,
-               fingerprint(config, inputs), device, weights, teacher)  # fmt: skip
+               identity(config, inputs), device, weights, teacher)  # fmt: skip
 
 
 def _first_weights(config: TrainConfig, world: World) -> tuple[init.Start, dict[str, Tensor], str]:
@@ -208,6 +215,13 @@ def describe(it: Run) -> str:
     if not len(it.val):
         lines.append(f"held-out evaluation is absent: {c.data} has no record of split val")
     return "\n".join(lines)
+
+
+def require_device(config: TrainConfig) -> None:
+    """ConfigError where the device that the configuration names is not here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(config.device, True):
+        raise ConfigError(f"device: {config.device}, but PyTorch sees none on this machine")
 
 
 def device_of(config: TrainConfig) -> torch.device:

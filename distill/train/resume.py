@@ -39,10 +39,26 @@ def _require_ours(path: Path, data: dict[str, Any], it: Run) -> dict[str, Any]:
     found = data.get("resume")
     if not isinstance(found, dict) or found.get("fingerprint") != it.mark:
         raise ConfigError(
-            f"{path} was made with another configuration or other data; --restart trains anew over it, "
+            f"{path} was made with {_difference(found, it)}; --restart trains anew over it, "
             f"another `stage` or `checkpoints` keeps it"
         )
     return found
+
+
+def _difference(found: Any, it: Run) -> str:
+    """In what another run differs, by its keys, where its checkpoint says so."""
+    made_of = found.get("made_of") if isinstance(found, dict) else None
+    named = []
+    for section in ("config", "inputs"):
+        theirs, ours = (x.get(section) if isinstance(x, dict) else None for x in (made_of, it.made_of))
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            named.append(
+                [key for key in ours if theirs.get(key) != ours[key]] + [key for key in theirs if key not in ours]
+            )
+        else:
+            return "another configuration or other data"
+    settings, inputs = (", ".join(map(str, keys)) for keys in named)
+    return " and ".join(f"other {kind}: {keys}" for kind, keys in (("settings", settings), ("inputs", inputs)) if keys)
 
 
 def _saved(it: Run) -> list[_Saved]:
@@ -84,7 +100,7 @@ def find(it: Run, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
     """
     every = it.world.from_first(lambda: _saved(it))
     for saved in every:
-        damage = [error for found in it.world.gather(_damage(it.world.mine(saved.paths))) for error in found]
+        damage = [error for found in it.world.gather(_damage(it, it.world.mine(saved.paths))) for error in found]
         if not damage:
             parts = [checkpoint.read(path, mmap=True) for path in saved.paths]
             for path, part in zip(saved.paths, parts):
@@ -97,13 +113,15 @@ def find(it: Run, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
     return None
 
 
-def _damage(paths: Sequence[Path]) -> list[str]:
+def _damage(it: Run, paths: Sequence[Path]) -> list[str]:
     """What is wrong with files."""
-    found = []
+    found, parts = [], _parts(it)
     for path in paths:
         try:
             checkpoint.require_seal(path)
-            checkpoint.read(path, mmap=True)
+            data = checkpoint.read(path, mmap=True)
+            if (data.get("step"), *data.get("part", (0, 1))) != parts[path]:
+                raise CheckpointError(f"{path}: damaged: holds another part than its name says")
         except InputError as error:
             found.append(str(error))
     return found
@@ -112,6 +130,8 @@ def _damage(paths: Sequence[Path]) -> list[str]:
 def clean(it: Run) -> None:
     """Remove what a killed process left half done. Only for the one process that trains this run."""
     folder = it.final.parent
+    whole = {path for saved in _saved(it) for path in saved.paths}
+    _remove([path for path in _parts(it) if path not in whole])
     alone = (seal for seal in folder.glob(f"{_stem(it)}.step_*.pt.sha256") if not seal.with_suffix("").exists())
     for path in (*folder.glob(f".{_stem(it)}.step_*.tmp"), *alone):
         path.unlink(missing_ok=True)
@@ -136,6 +156,7 @@ def snapshot(it: Run, optimiser: torch.optim.Optimizer, state: State) -> dict[st
     processes, this one's part."""
     resume = {
         "fingerprint": it.mark,
+        "made_of": it.made_of,
         "optimiser": optimiser_state(optimiser),
         "rng": _random_state(it.device),
         "tokens": state.tokens,
@@ -143,7 +164,8 @@ def snapshot(it: Run, optimiser: torch.optim.Optimizer, state: State) -> dict[st
         "before": state.before,
     }
     if isinstance(it.model, Sharded):
-        data: dict[str, Any] = {"step": state.step, "loss": state.loss, "model": trained(it.model), "resume": resume}
+        data: dict[str, Any] = {"step": state.step, "loss": state.loss, "part": list(it.world),
+                                "model": trained(it.model), "resume": resume}  # fmt: skip
     else:
         resume["adapters"] = adapters(it.model)
         data = checkpoint.contents(plain(it.model), it.start.tokenizer, step=state.step, loss=state.loss,
@@ -169,11 +191,11 @@ def write(it: Run, data: dict[str, Any]) -> None:
 
 def thin(it: Run, step: int) -> None:
     """Remove all but the last checkpoints up to this step that are to be kept; a later one was found damaged. Of
-    several processes the first does it, once they all have written."""
+    several processes the first does it, once they all have written; others may be writing this step's by then."""
     kept = [saved for saved in _saved(it) if saved.step <= step][: it.config.keep_checkpoints]
     if it.world.first and kept:
         paths = {path for saved in kept for path in saved.paths}
-        _remove([path for path in _parts(it) if path not in paths])
+        _remove([path for path, part in _parts(it).items() if path not in paths and part[0] != step])
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -198,7 +220,7 @@ def restore(it: Run, optimiser: torch.optim.Optimizer, parts: list[dict[str, Any
             raise ValueError(f"step {step} of {len(it.steps)}")
         before = {str(name): float(value) for name, value in resume["before"].items()}
         return State(step, float(resume["first_loss"]), loss, int(resume["tokens"]), before)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{it.final}: its run cannot be continued: {reason}; --restart trains anew") from error
 
@@ -243,7 +265,7 @@ def finish(it: Run, student: Student, state: State, after: dict[str, float], spe
 
     data = checkpoint.contents(plain(student), it.start.tokenizer, step=state.step, loss=state.loss,
                                stage=c.stage, lineage=_lineage(it, state), provenance=made,
-                               resume={"fingerprint": it.mark, "report": report})  # fmt: skip
+                               resume={"fingerprint": it.mark, "made_of": it.made_of, "report": report})  # fmt: skip
     checkpoint.write(it.final, data, beside=beside)
     drop(it)
     return report

@@ -107,12 +107,13 @@ def full(value: Tensor) -> Tensor:
 def rows(parts: list[Tensor], like: Tensor) -> Tensor:
     """Those rows of a tensor, saved in `parts` by as many processes, that belong to this process's shard `like`.
 
-    ValueError where the tensor is not of the same shape.
+    ValueError where the tensor is not of the same shape and type.
     """
-    shapes = {tuple(part.shape[1:]) for part in parts}
+    kinds = {(part.dtype, *part.shape[1:]) for part in parts}
     n_rows = sum(part.shape[0] if part.ndim else 1 for part in parts)
-    if not like.ndim or shapes != {tuple(like.shape[1:])} or n_rows != like.shape[0]:
-        raise ValueError(f"parts of shapes {[tuple(part.shape) for part in parts]} for {tuple(like.shape)}")
+    if not like.ndim or kinds != {(like.dtype, *like.shape[1:])} or n_rows != like.shape[0]:
+        found = [f"{part.dtype} {tuple(part.shape)}" for part in parts]
+        raise ValueError(f"{', '.join(found)} in place of {like.dtype} {tuple(like.shape)}")
     first, n = _place(like)
     taken, start = [], 0
     for part in parts:

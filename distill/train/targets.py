@@ -81,10 +81,10 @@ def _top_k(
     """A dense problem of K + 1 classes: the class of all other ids has their logsumexp for its logit, and hands its
     gradient on to them by softmax. 1 - sum is taken nowhere."""
     lp = target.logprobs_NK.to(z_RV.dtype)
-    present = (target.ids_NK >= 0) & (lp > -torch.inf)
-    ids = torch.where(present, target.ids_NK, target.ids_NK[:, :1].clamp(min=0)).long()  # padding repeats the first id
-    counted = torch.ones_like(present)
-    counted[:, 1:] = ids[:, 1:] != ids[:, :1]
+    present = (target.ids_NK >= 0) & (lp != -torch.inf)
+    one = present.long().argmax(1, keepdim=True)  # padding repeats an id that is present; where none is, the first
+    ids = torch.where(present, target.ids_NK, target.ids_NK.gather(1, one).clamp(min=0)).long()
+    counted = present.scatter(1, one, True)
     support = torch.where(counted, z_RV.gather(1, ids), -torch.inf)
     top_R = z_RV.scatter_(1, ids, -torch.inf).amax(1).clamp_(min=torch.finfo(z_RV.dtype).min)
     mass_R = z_RV.sub_(top_R[:, None]).exp_().sum(1)

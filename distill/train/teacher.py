@@ -32,8 +32,10 @@ class OnlineTeacher:
         if theirs.sha256 != tokenizer.sha256:
             raise ConfigError(
                 f"teacher.folder {section.folder}: its tokenizer is not the student's ({tokenizer.source}); "
-                f"make a dataset of its text instead"
+                f"set target: aligned, or make a dataset of its text"
             )
+        if section.target == "top_k" and section.k > tokenizer.vocab_size:
+            raise ConfigError(f"teacher.k {section.k}: there are {tokenizer.vocab_size} ids")
         model = pretrained.from_pretrained(section.folder)
         self.sha256 = weights_sha256(model)
         self._model = model.to(device).eval().requires_grad_(False)

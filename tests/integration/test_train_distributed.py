@@ -238,7 +238,7 @@ def test_options_work_with_two_processes_and_resume_bit_for_bit(
 ) -> None:
     one, two, stopped = (_settings(tmp_path / name, data, **changes) for name in ("one", "two", "stopped"))
     _run(two)
-    ranks = Ranks(2, _train, stopped, silent=True)
+    ranks = Ranks(2, _train, stopped, stderr=os.devnull)
     _wait_for(tmp_path / "stopped", 4)
     ranks.send(signal.SIGTERM)
     assert ranks.wait() == [75, 75]
@@ -286,7 +286,7 @@ def test_killed_at_random_instants_all_or_one_of_them_it_ends_in_the_same_bits(
 ) -> None:
     draw, kills = random.Random(SEED), 0
     while kills < KILLS:
-        ranks = Ranks(2, _train, _settings(tmp_path, data), silent=True)
+        ranks = Ranks(2, _train, _settings(tmp_path, data), stderr=os.devnull)
         time.sleep(draw.uniform(0.2, whole[1]))
         if draw.random() < 0.5:
             ranks.send(signal.SIGKILL)
@@ -306,7 +306,7 @@ def test_another_number_of_processes_goes_on(
     tmp_path: Path, data: Path, whole: tuple[Path, float], first: int, then: int
 ) -> None:
     settings = _settings(tmp_path, data)
-    ranks = Ranks(first, _train, settings, silent=True)
+    ranks = Ranks(first, _train, settings, stderr=os.devnull)
     _wait_for(tmp_path, 5)
     ranks.send(signal.SIGTERM)
     assert ranks.wait() == [75] * first
@@ -318,7 +318,7 @@ def test_a_damaged_part_is_told_and_the_checkpoint_before_it_used(
     tmp_path: Path, data: Path, whole: tuple[Path, float]
 ) -> None:
     settings = _settings(tmp_path, data)
-    ranks = Ranks(2, _train, settings, silent=True)
+    ranks = Ranks(2, _train, settings, stderr=os.devnull)
     _wait_for(tmp_path, 5)
     ranks.send(signal.SIGTERM)
     assert ranks.wait() == [75, 75]
@@ -339,6 +339,63 @@ def test_a_damaged_part_is_told_and_the_checkpoint_before_it_used(
         (tmp_path / "elsewhere" / name).rename(tmp_path / "checkpoints" / name)
     _run(settings)
     _assert_same(tmp_path, whole[0])
+
+
+def test_parts_that_are_not_what_their_names_say_are_damage(tmp_path: Path, data: Path) -> None:
+    settings = _settings(tmp_path, data)
+    ranks = Ranks(2, _train, settings, stderr=os.devnull)
+    _wait_for(tmp_path, 5)
+    ranks.send(signal.SIGTERM)
+    assert ranks.wait() == [75, 75]
+    folder = tmp_path / "checkpoints"
+    first, second = sorted(folder.glob("*of2.pt"))[-2:]
+    older = sorted(folder.glob("*of2.pt"))[-4]
+    for source in (second, older):  # another process's part, another step's
+        kept = first.read_bytes()
+        checkpoint.write_sealed(first, checkpoint.read(source))
+        said: list[str] = []
+        found = resume.find(prepare(settings), said.append)
+        assert found is not None and f"step_{found[0]['step']:06d}" in older.name and "than its name says" in said[0]
+        first.write_bytes(kept)
+
+
+def _slow_first(settings: TrainConfig) -> None:
+    """The first process removes what is old later than the other one writes what is new."""
+    thin = resume.thin
+
+    def late(*arguments: Any) -> None:
+        if os.environ["RANK"] == "0":
+            time.sleep(0.03)
+        thin(*arguments)
+
+    resume.thin = late
+    _train(settings)
+
+
+def test_what_another_process_is_writing_is_not_removed(tmp_path: Path, data: Path, whole: tuple[Path, float]) -> None:
+    settings = _settings(tmp_path, data, save_every=1)
+    ranks = Ranks(2, _slow_first, settings, stderr=os.devnull)
+    _wait_for(tmp_path, 6)
+    ranks.send(signal.SIGTERM)
+    assert ranks.wait() == [75, 75]
+    step = len(_steps(tmp_path))
+    found = resume.find(prepare(settings), lambda text: None)
+    assert found is not None and [part["step"] for part in found] == [step, step]
+
+
+def test_one_that_fails_says_why_and_the_others_that_another_ended(tmp_path: Path, data: Path) -> None:
+    ranks = Ranks(2, _train_without_data, _settings(tmp_path, data), stderr=str(tmp_path / "err"))
+    assert sorted(map(int, filter(None, ranks.wait()))) == [1, 2]
+    lines = (tmp_path / "err").read_text().splitlines()
+    ours = [line for line in lines if line.startswith("error: ")]
+    assert any("absent.jsonl" in line for line in ours) and any("another process of this run" in line for line in ours)
+    assert not any("Traceback" in line for line in lines)
+
+
+def _train_without_data(settings: TrainConfig) -> None:
+    if os.environ["RANK"] == "1":
+        settings = msgspec.structs.replace(settings, data="absent.jsonl")
+    _train(settings)
 
 
 def test_gathered_sums_are_those_of_one_process() -> None:

@@ -15,7 +15,7 @@ from distill.model import Student
 from distill.pretrained import save_pretrained
 from distill.tokenizer import toy_tokenizer
 from distill.train import init, loop, memory
-from distill.train.config import InitSection, TrainConfig, fingerprint
+from distill.train.config import InitSection, TrainConfig, fingerprint, identity
 from distill.train.kd import load_config, main
 from distill.train.prepare import prepare
 from distill.train.toy import toy_model
@@ -143,6 +143,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 def test_fingerprint_ignores_where_things_are_written_and_nothing_else(tmp_path: Path) -> None:
     base = config(tmp_path, tmp_path / "d.jsonl")
     moved = msgspec.structs.replace(base, checkpoints="elsewhere", runs="r", save_every=7, eval_every=3)
-    assert fingerprint(base, {}) == fingerprint(moved, {})
-    assert fingerprint(base, {}) != fingerprint(base, {"data": "x"})
-    assert fingerprint(base, {}) != fingerprint(msgspec.structs.replace(base, lr=2.0), {})
+    assert fingerprint(identity(base, {})) == fingerprint(identity(moved, {}))
+    assert fingerprint(identity(base, {})) != fingerprint(identity(base, {"data": "x"}))
+    assert fingerprint(identity(base, {})) != fingerprint(identity(msgspec.structs.replace(base, lr=2.0), {}))

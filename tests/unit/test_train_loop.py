@@ -115,7 +115,7 @@ def test_a_finished_run_is_not_repeated_and_another_configuration_needs_restart(
     assert again.already and "finished already" in text
     assert (tmp_path / "checkpoints/worker.pt").stat().st_mtime_ns == before
     other = msgspec.structs.replace(settings, lr=2e-3)
-    with pytest.raises(ConfigError, match="another configuration") as caught:
+    with pytest.raises(ConfigError, match=r"made with other settings: lr;") as caught:
         _run(other)
     assert "--restart" in str(caught.value)
     assert not _run(other, restart=True)[0].already
@@ -148,12 +148,29 @@ def test_a_nan_stops_the_run_with_its_step_named_and_its_batch_saved(tmp_path: P
         it.start.student.model.norm.weight[3] = float("nan")
     checkpoint.save(weights, it.start.student, it.start.tokenizer, step=0, loss=0.0, stage="init")
     settings = config(tmp_path, data, model=None, tokenizer=None, init=InitSection(checkpoint=str(weights)))
-    with pytest.raises(DistillError, match="step 1: loss nan") as caught:
+    with pytest.raises(DistillError, match="step 0: weights are not finite"):
         _run(settings)
+    with pytest.raises(DistillError, match="step 2: loss nan") as caught:
+        _run(config(tmp_path, data, lr=1e38, warmup=0.0, save_every=0))
     assert caught.value.exit_code == 1
-    saved = torch.load(tmp_path / "checkpoints/worker.nan_step_1.pt")
+    saved = torch.load(tmp_path / "checkpoints/worker.nan_step_2.pt")
     assert saved["records"] and len(saved["batches"][0]["lengths"]) == 2
     assert not (tmp_path / "checkpoints/worker.pt").exists()
+
+
+def test_spoilt_weights_are_never_written(tmp_path: Path, data: Path) -> None:
+    """The last update's too, which no step comes after."""
+    for changes in ({"max_steps": 1, "save_every": 0}, {"save_every": 1}):
+        with pytest.raises(DistillError, match="step 1: weights are not finite after its update"):
+            _run(config(tmp_path, data, lr=1e38, warmup=0.0, **changes))
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(InputError, match=r"cannot write .*checkpoints"):
+        _run(config(tmp_path, data, save_every=0))
+    assert _log(tmp_path) == b""
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:

@@ -92,7 +92,7 @@ def test_span_weights_are_part_of_what_a_run_is(worker: TrainConfig) -> None:
     marks = {prepare(_proc(worker, span_weights=SpanWeights(tool_args=w))).mark for w in (1.0, 3.0)}
     assert len(marks) == 2
     _run(_proc(worker))
-    with pytest.raises(ConfigError, match="another configuration"):
+    with pytest.raises(ConfigError, match="made with other settings: span_weights;"):
         _run(_proc(worker, span_weights=SpanWeights(tool_args=4.0)))
 
 
