@@ -1,7 +1,8 @@
 """Checkpoints: one `.pt` file that `torch.load` reads with its safe default, complete in itself.
 
 Keys: step, loss, model, config, tokenizer (the text of tokenizer.json), tokenizer_sha256, stage, lineage,
-provenance, and `resume` (what an exact continuation needs: optimiser, RNG, data cursor), absent in an exported one.
+provenance, and `resume` (what an exact continuation needs: optimiser, RNG, data cursor), absent in an exported one. Of
+a student trained in its weight formats also `formats`, and `tables`: its scales and palettes by parameter, in fp16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import msgspec
 import torch
 
 from distill.artifacts import atomic_file, read_text, require_regular, sha256_file, sha256_text, write_text
-from distill.errors import CheckpointError, describe_os_error
+from distill.errors import CheckpointError, ConfigError, describe_os_error
+from distill.formats import Formats
 from distill.model import ModelConfig, Student
 from distill.tokenizer import Tokenizer
 
@@ -26,7 +28,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "step": int, "loss": (int, float), "model": dict, "config": dict, "tokenizer": str, "tokenizer_sha256": str,
 }  # fmt: skip
 _OPTIONAL_KINDS: dict[str, type | tuple[type, ...]] = {
-    "stage": str, "lineage": list, "provenance": dict, "resume": (dict, type(None)),
+    "stage": str, "lineage": list, "provenance": dict, "resume": (dict, type(None)), "formats": dict, "tables": dict,
 }  # fmt: skip
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,6 +44,10 @@ class Checkpoint(NamedTuple):
     lineage: list[dict[str, Any]]
     provenance: dict[str, Any]
     resume: dict[str, Any] | None
+    formats: Formats | None
+    """Those it was trained in."""
+    tables: dict[str, torch.Tensor]
+    """Its scales and palettes, by parameter; empty where `formats` is None."""
 
 
 def contents(
@@ -54,8 +60,13 @@ def contents(
     lineage: list[dict[str, Any]] | None = None,
     provenance: dict[str, Any] | None = None,
     resume: dict[str, Any] | None = None,
+    formats: Formats | None = None,
+    tables: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds. Its weights are the student's own, not copies; a tied head is in it once."""
+    """What a checkpoint holds. Its weights are the student's own, not copies; a tied head is in it once.
+
+    `formats` and `tables` are those of `FakeQuantised`, for a student that was trained so.
+    """
     weights = {name: value.detach().contiguous() for name, value in student.state_dict().items()}
     if student.config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -70,6 +81,8 @@ def contents(
         "lineage": lineage or [],
         "provenance": provenance or {},
     }
+    if formats is not None:
+        data |= {"formats": msgspec.to_builtins(formats), "tables": tables or {}}
     return data if resume is None else data | {"resume": resume}
 
 
@@ -129,6 +142,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     tokenizer = Tokenizer.from_json(data["tokenizer"], f"{path}: tokenizer")
     tokenizer.require_fits(config.vocab_size, str(path))
     student = _build(config, dict(data["model"]), path)
+    formats = _formats(data, student, path)
     return Checkpoint(
         step,
         loss,
@@ -138,7 +152,37 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         data.get("lineage", []),
         data.get("provenance", {}),
         data.get("resume"),
+        formats,
+        data.get("tables", {}),
     )
+
+
+def _formats(data: dict[str, Any], student: Student, path: str | os.PathLike[str]) -> Formats | None:
+    """The weight formats, once every parameter is known to have a table that fits it."""
+    tables = data.get("tables", {})
+    if "formats" not in data and not tables:
+        return None
+    try:
+        formats = msgspec.convert(data.get("formats"), Formats)
+        formats.require_fits(student)
+    except (msgspec.ValidationError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path}: formats: {error}") from error
+    weights = dict(student.named_parameters())
+    if set(tables) != set(weights):
+        raise CheckpointError(f"{path}: tables: scales and palettes of another model")
+    for name, weight in weights.items():
+        table, shape = tables[name], formats.of(name, weight.ndim).table_shape(tuple(weight.shape))
+        if not _is_plain(table) or table.dtype != torch.float16 or table.shape != shape:
+            raise CheckpointError(f"{path}: tables: {name} needs fp16 {list(shape)}")
+        if not bool(table.isfinite().all()):
+            raise CheckpointError(f"{path}: tables: {name} has values that are not finite")
+    return formats
+
+
+def _is_plain(value: Any) -> bool:
+    """A dense tensor in memory: other packages make classes of theirs loadable."""
+    own = type(value) in (torch.Tensor, torch.nn.Parameter)
+    return own and value.layout == torch.strided and value.device.type == "cpu" and value.is_contiguous()
 
 
 def _check_kinds(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -178,7 +222,8 @@ def _reason(error: Exception) -> str:
     if "TorchScript" in str(error):
         return "it is a TorchScript program"
     line = (str(error).strip().splitlines() or [""])[0].split(". ")[0]
-    return "not a file that torch.save wrote, or damaged" if len(line.split()) < 3 or "weights_only" in line else line
+    ours = len(line.split()) >= 3 and not any(word in line for word in ("weights_only", "mmap", "torch.save"))
+    return line if ours else "not a file that torch.save wrote, or damaged"
 
 
 def _build(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike[str]) -> Student:
@@ -200,9 +245,7 @@ def _build(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike
 def _check_weights(config: ModelConfig, weights: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Refuse what is not plain weights of this size, before a model of the size that the file claims is built."""
     for name, value in weights.items():
-        own = type(value) in (torch.Tensor, torch.nn.Parameter)  # other packages make classes of theirs loadable
-        plain = own and value.layout == torch.strided and value.device.type == "cpu"
-        if not plain or value.dtype not in _FLOATS or not value.is_contiguous():
+        if not _is_plain(value) or value.dtype not in _FLOATS:
             raise CheckpointError(f"{path}: weights of another model: {name} is not a dense tensor of floats")
     layers = {str(name).split(".")[2] for name in weights if str(name).startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from distill.artifacts import read_json
-from distill.errors import InputError
+from distill.errors import ConfigError, InputError
+from distill.formats import Format, Formats
 from distill.model import ModelConfig
 
 SIDECAR_NAMES = {
@@ -54,6 +55,21 @@ class ShapeValidation(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
 
 
+class Weight(msgspec.Struct, frozen=True):
+    """A matrix of the program, as the device gets it."""
+
+    format: str
+    """distill/formats.py: fp16, int8, int4/32, lut4, ..."""
+    shape: list[int]
+    sha256: str
+    """Over its values in fp16, decompressed."""
+
+    def __post_init__(self) -> None:
+        Format.parse(self.format)
+        if len(self.shape) not in (2, 4) or self.shape[2:] not in ([], [1, 1]) or min(self.shape) < 1:
+            raise ValueError(f"weights: a matrix has no shape {self.shape}")
+
+
 class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One exported program (schema distill-export/1) or package (distill-package/1)."""
 
@@ -89,6 +105,12 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the package's program and description; None in an export."""
     evaluation_items: int = 0
     """Prompts in the evaluation file."""
+    formats: Formats | None = None
+    """Weight formats; None: fp16, rounded by conversion."""
+    weights: dict[str, Weight] = {}
+    """Every matrix by its name in the twin; empty where the program is no twin of a student."""
+    tables: FileRef | None = None
+    """Of an export: the scales and palettes of the compressed matrices."""
 
     def __post_init__(self) -> None:
         wanted = 2 if self.mode == "decode" else 1
@@ -122,7 +144,7 @@ def parse_contract(data: Any, source: str) -> Contract:
     """A contract from plain JSON values."""
     try:
         return msgspec.convert(data, Contract)
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, ConfigError) as error:
         raise InputError(f"{source}: not a contract: {error}") from error
 
 

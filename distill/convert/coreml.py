@@ -60,7 +60,7 @@ def run(config: ConvertConfig) -> Contract | None:
         return None
     require_replaceable(sidecar_folder(config.out))
     ct = import_coremltools()
-    path = config.contract or config.source.with_name(f"{config.source.stem}_contract.json")
+    path = _contract_path(config)
     if config.backend == "pytorch" and not path.is_file():
         raise InputError(f"{config.source}: not loaded, since it is code, and no {path} names its sha256")
     contract = read_contract(path) if config.contract or path.is_file() else None
@@ -82,11 +82,16 @@ def run(config: ConvertConfig) -> Contract | None:
         contract = msgspec.structs.replace(
             contract,
             enumerated_T=[contract.sequence()] if contract.mode != "decode" else contract.enumerated_T,
+            tables=None,
             probes=_probes(model, contract) if config.backend == "pytorch" else _onnx_probes(model, contract),
             made_by=made | {"export": contract.made_by},
             versions=versions(),
         )
     return save_package(model, config.out, contract, path.parent if contract is not None else None)
+
+
+def _contract_path(config: ConvertConfig) -> Path:
+    return config.contract or config.source.with_name(f"{config.source.stem}_contract.json")
 
 
 def _check(contract: Contract, config: ConvertConfig, path: Path) -> None:
@@ -113,6 +118,8 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{config.source}: not a TorchScript program: {str(error).splitlines()[0]}") from error
     with quiet(), _one_line(config.source):
+        from distill.convert import compression
+
         return ct.convert(
             program,
             source="pytorch",
@@ -126,6 +133,7 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
             convert_to="mlprogram",
             minimum_deployment_target=getattr(ct.target, _target(config, contract)),
             compute_precision=ct.precision.FLOAT16,
+            pass_pipeline=compression.pipeline(contract, _contract_path(config).parent),
             skip_model_load=True,
         )
 
@@ -143,7 +151,7 @@ def _one_line(source: Path) -> Iterator[None]:
     """coremltools raises bare exceptions of many lines; a full disk is not about `source` and passes."""
     try:
         yield
-    except OSError:
+    except (OSError, DistillError):
         raise
     except Exception as error:
         if "FileWriter" in str(error):
@@ -153,8 +161,11 @@ def _one_line(source: Path) -> Iterator[None]:
 
 
 def _target(config: ConvertConfig, contract: Contract | None) -> str:
-    if contract is not None and contract.states and config.target != "iOS18":
-        raise InputError(f"--target {config.target}: a program with state needs iOS18")
+    if contract is not None and config.target != "iOS18":
+        if contract.states:
+            raise InputError(f"--target {config.target}: a program with state needs iOS18")
+        if compressed := sorted({weight.format for weight in contract.weights.values()} - {"fp16"}):
+            raise InputError(f"--target {config.target}: weights in {', '.join(compressed)} need iOS18")
     return config.target
 
 

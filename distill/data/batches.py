@@ -28,7 +28,6 @@ from distill.data.store.distributions import Distribution, same_tokens
 from distill.errors import ConfigError, DatasetError, InputError
 from distill.tokenizer import Tokenizer
 
-
 _MOST_STEPS = 10**6
 """They are laid out before a run starts."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import shutil
 import tempfile
 import warnings
@@ -28,9 +27,11 @@ from distill.artifacts import atomic_file, provenance, sha256_file, write_json, 
 from distill.contract import Contract, FileRef, ShapeValidation, TensorSpec
 from distill.errors import DistillError, InputError, describe_os_error, stage_main
 from distill.export import goldens
+from distill.export.deployed import deploy, parse_formats, promised, tables_of_matrices, weights_sha256
 from distill.export.prompts import evaluation_items
 from distill.export.tolerance import fp16_gain
 from distill.export.twin import DecodeTwin, PrefillTwin
+from distill.formats import Formats
 from distill.model import Student
 from distill.versions import require_python, versions
 
@@ -57,6 +58,8 @@ class ExportConfig(NamedTuple):
     """File name of a prefill program."""
     toy: bool = False
     """Evaluation prompts are the held-out ones of the toy set that the checkpoint was trained on."""
+    formats: Formats | None = None
+    """Weight formats of a student that was not trained in any; None: fp16, or those that it was trained in."""
 
 
 class Shared(NamedTuple):
@@ -109,6 +112,7 @@ def prepare(config: ExportConfig) -> Shared:
     require_python("export")
     loaded = checkpoint.load(config.checkpoint)
     student = loaded.student.float().eval()
+    formats, tables = deploy(loaded, config.formats)
     positions = student.config.max_position_embeddings
     lengths, primary = _lengths(config, loaded.provenance.get("config", {}), positions)
     fields: dict[str, Any] = {
@@ -120,6 +124,9 @@ def prepare(config: ExportConfig) -> Shared:
         "tokenizer_sha256": loaded.tokenizer.sha256,
         "chat_template_sha256": chat.template_sha256(),
         "weights_sha256": weights_sha256(student),
+        "formats": formats,
+        "weights": promised(student, formats),
+        "tables": None if formats is None else _write_tables(config.out, tables_of_matrices(student, formats, tables)),
         "fp16_gain": fp16_gain(student),
         "probes": {},
         "made_by": provenance(
@@ -139,13 +146,8 @@ def prepare(config: ExportConfig) -> Shared:
     )
 
 
-def weights_sha256(student: Student) -> str:
-    """sha256 over the training weights: name, dtype, shape and bytes of each, in name order."""
-    digest = hashlib.sha256()
-    for name, value in sorted(student.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _write_tables(out: Path, tables: dict[str, Tensor]) -> FileRef | None:
+    return file_ref(goldens.write_goldens(out / "student_tables.safetensors", tables)) if tables else None
 
 
 def _lengths(config: ExportConfig, trained: dict[str, Any], positions: int) -> tuple[list[int], int]:
@@ -331,8 +333,16 @@ def main(argv: list[str] | None = None) -> int:
         help="lengths to export (default: export.seq of the training configuration)",
     )
     parser.add_argument("--toy", action="store_true", help="evaluate on the toy set's held-out prompts")
+    parser.add_argument(
+        "--formats",
+        type=parse_formats,
+        metavar="blocks=int4/32,embedding=int8",
+        help="weight formats (default: those that the student was trained in, else fp16)",
+    )
     args = parser.parse_args(argv)
-    config = ExportConfig(args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), toy=args.toy)
+    config = ExportConfig(
+        args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), toy=args.toy, formats=args.formats
+    )
     contracts = run(config)
     failed = [c for c in contracts if '"status": "fail"' in c.read_text()]
     print(f"exported {len(contracts)} programs to {config.out}" + (f"; failed shapes in {failed[0]}" if failed else ""))

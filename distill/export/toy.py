@@ -25,7 +25,7 @@ from distill.contract import TensorSpec
 from distill.errors import stage_main
 from distill.export import goldens, pytorch
 from distill.export.tolerance import relative_error
-from distill.export.twin import PrefillTwin, TwinBlock, round_to_half
+from distill.export.twin import PrefillTwin, Rope, TwinBlock, round_to_half
 from distill.model import ModelConfig, Student, rope_tables
 from distill.tokenizer import toy_tokenizer
 from distill.versions import optional
@@ -66,16 +66,17 @@ class _Block(torch.nn.Module):
         super().__init__()
         tables = PrefillTwin(student, SEQ, copy=True)
         self.block_0: TwinBlock = tables.blocks()[0]
-        for name in ("cos", "sin", "mask"):
+        for name in (*Rope._fields, "mask"):
             self.register_buffer(name, getattr(tables, name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_0(x, self.cos, self.sin, self.mask)
+        return self.block_0(x, Rope(*(getattr(self, name) for name in Rope._fields)), self.mask)
 
 
 def make_block(out: Path, seed: int) -> Path:
     """Export one transformer block; returns its contract."""
     shared, _ = _prepare(out, seed, out.stem)
+    shared.fields["weights"] = {}
     d = shared.student.config.hidden_size
     x = torch.randn((1, d, 1, SEQ), generator=torch.Generator().manual_seed(seed)).half().float()
     block = _Block(shared.student)
@@ -127,7 +128,7 @@ def make_onnx(out: Path, seed: int) -> Path:
     vocab = shared.student.config.vocab_size
     evaluated = goldens.evaluation(shared.reference, shared.items, SEQ)
     checked = {str(SEQ): pytorch.compare(_run(model, golden), golden)}
-    shared.fields["probes"] = probes
+    shared.fields.update(probes=probes, weights={})  # no program of a twin
     return pytorch.write_contract(
         shared,
         out.parent,

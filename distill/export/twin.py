@@ -11,7 +11,7 @@ Shapes: S tokens, D hidden, H query heads, K key-value heads, G = H / K, N head 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,25 @@ def _conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return conv
 
 
+class Rope(NamedTuple):
+    """Tables of the rotation. Those of the queries carry the 1/sqrt(N) of attention: no weight changes for it, so a
+    compressed one is stored as it was trained."""
+
+    cos: Tensor
+    sin: Tensor
+    q_cos: Tensor
+    q_sin: Tensor
+
+    @staticmethod
+    def of(config: ModelConfig, positions: Tensor) -> Rope:
+        """[S, N] each."""
+        cos, sin = rope_tables(config, positions)
+        scale = config.head_dim**-0.5
+        return Rope(cos, sin, cos * scale, sin * scale)
+
+
 class TwinAttention(nn.Module):
-    """Attention of one block. `q` carries the 1/sqrt(N) scale in its weights unless QK-norm follows it."""
+    """Attention of one block."""
 
     def __init__(self, student: Student, layer: int) -> None:
         super().__init__()
@@ -64,19 +81,16 @@ class TwinAttention(nn.Module):
         self.n_kv, self.head_dim = config.num_key_value_heads, config.head_dim
         self.n_heads, self.group = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
         self.layer = layer
-        scale = config.head_dim**-0.5
-        q_scale = 1.0 if config.qk_norm else scale
-        q_bias = None if source.q_proj.bias is None else source.q_proj.bias * q_scale
-        self.q = _conv(source.q_proj.weight * q_scale, q_bias)
+        self.q = _conv(source.q_proj.weight, source.q_proj.bias)
         self.k = _conv(source.k_proj.weight, source.k_proj.bias)
         self.v = _conv(source.v_proj.weight, source.v_proj.bias)
         self.o = _conv(source.o_proj.weight, source.o_proj.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
-            self.q_norm = ChannelRMSNorm(source.q_norm.weight * scale, config.rms_norm_eps, 2)
+            self.q_norm = ChannelRMSNorm(source.q_norm.weight, config.rms_norm_eps, 2)
             self.k_norm = ChannelRMSNorm(source.k_norm.weight, config.rms_norm_eps, 2)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(1,D,1,S) -> q (1,H,N,S), k (1,K,N,S) after RoPE, v (1,K,N,S)."""
         s = x.shape[3]
         q = self.q(x).reshape(1, self.n_heads, self.head_dim, s)
@@ -84,19 +98,18 @@ class TwinAttention(nn.Module):
         v = self.v(x).reshape(1, self.n_kv, self.head_dim, s)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+        return _rotate(q, rope.q_cos, rope.q_sin), _rotate(k, rope.cos, rope.sin), v
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rope: Rope,
         mask: Tensor,
         kv: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
         """Prefill: mask (1,1,S,S). Decode: S = 1, mask (1,1,1,C), `kv` written at `position`, then read."""
-        q, k, v = self.project(x, cos, sin)
+        q, k, v = self.project(x, rope)
         if kv is None or position is None:
             heads = self._prefill(q, k, v, mask)
         else:
@@ -154,13 +167,12 @@ class TwinBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rope: Rope,
         mask: Tensor,
         kv: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, kv, position)
+        x = x + self.attention(self.attention_norm(x), rope, mask, kv, position)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -189,6 +201,10 @@ class Twin(nn.Module):
         """The blocks in order."""
         return [module for module in self.children() if isinstance(module, TwinBlock)]
 
+    def rope(self) -> Rope:
+        """The tables, as this twin keeps them."""
+        return Rope(*(getattr(self, name) for name in Rope._fields))
+
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """(1,S) ids -> (1,D,1,S)."""
         return self.embed(input_ids).transpose(1, 2).unsqueeze(2)
@@ -203,21 +219,18 @@ class Twin(nn.Module):
 class PrefillTwin(Twin):
     """`input_ids` (1,S) int -> logits (1,S,V); tokens right of the prompt do not change those inside it."""
 
-    cos: Tensor
-    sin: Tensor
     mask: Tensor
 
     def __init__(self, student: Student, seq: int, *, copy: bool = False) -> None:
         super().__init__(student, copy=copy)
-        cos, sin = rope_tables(student.config, torch.arange(seq))  # (S,N)
-        self.register_buffer("cos", cos.T[None, None].contiguous())
-        self.register_buffer("sin", sin.T[None, None].contiguous())
+        for name, table in Rope.of(student.config, torch.arange(seq))._asdict().items():
+            self.register_buffer(name, table.T[None, None].contiguous())  # (1,1,N,S)
         self.register_buffer("mask", _causal(seq, student.config.sliding_window))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
         for block in self.blocks():
-            x = block(x, self.cos, self.sin, self.mask)
+            x = block(x, self.rope(), self.mask)
         return self.logits(x)
 
 
@@ -225,30 +238,26 @@ class DecodeTwin(Twin):
     """`input_ids` (1,1), `position` (1,) int -> logits (1,1,V); keys and values in the state `kv` (2L,K,C,N)."""
 
     kv: Tensor
-    cos: Tensor
-    sin: Tensor
     steps: Tensor
 
     def __init__(self, student: Student, context: int, *, copy: bool = False) -> None:
         super().__init__(student, copy=copy)
         config = student.config
-        cos, sin = rope_tables(config, torch.arange(context))
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        for name, table in Rope.of(config, torch.arange(context))._asdict().items():
+            self.register_buffer(name, table)
         self.register_buffer("steps", torch.arange(context, dtype=torch.int32)[None, None, None])
         shape = (2 * config.num_hidden_layers, config.num_key_value_heads, context, config.head_dim)
         self.register_buffer("kv", torch.zeros(shape))
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
-        cos = self.cos[position].transpose(0, 1)[None, None]  # (1,1,N,1)
-        sin = self.sin[position].transpose(0, 1)[None, None]
+        rope = Rope(*(table[position].transpose(0, 1)[None, None] for table in self.rope()))  # (1,1,N,1)
         allowed = self.steps <= position
         if self.config.sliding_window is not None:
             allowed = allowed & (self.steps > position - self.config.sliding_window)
         mask = torch.where(allowed, 0.0, MASKED)
         for block in self.blocks():
-            x = block(x, cos, sin, mask, self.kv, position[0])
+            x = block(x, rope, mask, self.kv, position[0])
         return self.logits(x)
 
 

@@ -265,7 +265,6 @@ class Planner:
         key = (
             "constexpr",
             op.type,
-            self.policy.rounds,
             tuple((n, identity(v)) for n, v in sorted(operands.items())),
             tuple(o.type for o in op.outputs),
         )
@@ -278,6 +277,8 @@ class Planner:
             known[output.name] = _Computed(value, (key, index))
 
     def evaluate(self, op: Operation, handler: Handler, operands: dict[str, Any], where: str) -> list[Any]:
+        # a weight is what the device holds, whatever the policy makes of arithmetic
+        policy = self.policy if self.policy.rounds else Policy()
         arguments = {}
         for name, value in operands.items():
             if isinstance(value, Value):
@@ -286,7 +287,7 @@ class Planner:
             arguments[name] = self.fixed([raw], handler.parameters[name], f"{where}: input {name!r}")
         if handler.wants_run:
             half = any(isinstance(o.type, TensorType) and o.type.dtype == "fp16" for o in op.outputs)
-            arguments["run"] = Run(self.policy if half else Fp32(), None, guard=self.guard)
+            arguments["run"] = Run(policy if half else Fp32(), None, guard=self.guard)
         try:
             self.guard.admit(sum(memory(o.type) for o in op.outputs))  # the guard does not see numpy
             with self.guard:
@@ -294,7 +295,7 @@ class Planner:
                 results = result if isinstance(result, tuple) else (result,)
                 if len(results) != len(op.outputs):
                     raise ValueError(f"{len(results)} results for {len(op.outputs)} outputs")
-                return [settle(v, o.type, self.policy, handler, o.name) for v, o in zip(results, op.outputs)]
+                return [settle(v, o.type, policy, handler, o.name) for v, o in zip(results, op.outputs)]
         except KERNEL_ERRORS as error:
             raise PackageError(f"{where} failed: {first_line(error)}") from error
 

@@ -1,7 +1,8 @@
 """Numeric policies: how results are rounded and how sums are accumulated. Chosen once per run.
 
     ieee16   each operation in float32, its result rounded to its declared type (default)
-    fp32     fp16 is ignored: what is declared fp16 stays float32; separates precision from semantics
+    fp32     fp16 is ignored: what is declared fp16 stays float32; separates precision from semantics. A weight stays
+             what the device holds: one that is stored compressed is rounded to its declared type
     acc16    as ieee16, but matmul, conv, linear and reductions accumulate in fp16, block by block
     strict   as ieee16, and every overflow, NaN and subnormal is recorded with the operation that made it
 None of them claims to be bit-exact with a chip.

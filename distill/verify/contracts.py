@@ -191,7 +191,7 @@ def _parity(check: _Check, runner: PackageRunner, policy: str) -> Gate:
     name = "parity_exact" if policy == "fp32" else "parity_fp16"
     check.details[name] = {k: _plain(v) for k, v in result._asdict().items()}
     if policy == "fp32":
-        if contract.mode != "block" and (wrong := parity.wrong_embedding(runner, golden)):
+        if wrong := _wrong_weights(runner, golden):
             return gates.holds(
                 False,
                 observed=result.relative,
@@ -212,6 +212,12 @@ def _parity(check: _Check, runner: PackageRunner, policy: str) -> Gate:
     if contract.fp16_gain > MAX_GAIN:
         return Gate("inconclusive", _plain(result.sigmas), 1.0, f"{EXECUTOR} ieee16", f"{reason}, above {MAX_GAIN:g}")
     return gates.at_most(result.sigmas, 1.0, backend=f"{EXECUTOR} ieee16", reason=reason)
+
+
+def _wrong_weights(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str | None:
+    if runner.contract.mode == "block":
+        return None
+    return parity.wrong_embedding(runner, golden) or parity.wrong_weights(runner)
 
 
 def _state(check: _Check, runner: PackageRunner) -> Gate:

@@ -7,7 +7,9 @@ arithmetic of the declared types good enough? Run under `ieee16` against the tra
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +23,9 @@ from distill.errors import PackageError
 from distill.export.goldens import embedding_check, golden_positions, random_state
 from distill.export.tolerance import relative_error
 from distill.gates import Gate
+from distill.mil.planner import prepare
+from distill.mil.policy import make_policy
+from distill.mil.program import Function, Operation
 from distill.verify.runner import PackageRunner
 
 EXACT_TOLERANCE = 2e-5
@@ -134,20 +139,51 @@ def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndar
     return np.stack([runner.logits(row.tolist())[golden["positions"]] for row in golden["input_ids"]])
 
 
+def matrices(runner: PackageRunner) -> Iterator[tuple[str, np.ndarray]]:
+    """Every matrix that a convolution or a look-up takes: how it is stored, and its values as the executor gets them,
+    in fp16."""
+    function = runner.program.function()
+    plan = prepare(runner.program, function, make_policy("ieee16"))
+    for step in plan.instructions:
+        parameter = {"conv": "weight", "gather": "x"}.get(step.op.type, "")
+        value = step.fixed.get(parameter)
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            maker = function.producers.get(str(step.op.inputs[parameter][0]))
+            yield _stored_as(function, maker), value.half().numpy()
+
+
+def _stored_as(function: Function, maker: Operation | None) -> str:
+    """Kind and bits of a weight's format, as the contract writes them: int4, lut6, ..."""
+    if maker is None or not maker.type.startswith("constexpr_"):
+        return "fp16"
+    kind, codes = {
+        "constexpr_blockwise_shift_scale": ("int", "data"),
+        "constexpr_lut_to_dense": ("lut", "indices"),
+    }.get(maker.type, (maker.type, ""))
+    value = function.constant(maker.inputs[codes][0]) if codes in maker.inputs else None
+    return kind if value is None else kind + value.type.dtype.lstrip("uint")
+
+
+def wrong_weights(runner: PackageRunner) -> str | None:
+    """The first matrix of the contract that the program does not hold, bit for bit and in its format."""
+    found: dict[str, set[str]] = {}
+    for stored, values in matrices(runner):
+        found.setdefault(hashlib.sha256(np.ascontiguousarray(values).data).hexdigest(), set()).add(stored)
+    for name, weight in runner.contract.weights.items():
+        if weight.sha256 not in found:
+            return f"{name}: no matrix of the program has its values"
+        if weight.format.split("/")[0] not in found[weight.sha256]:
+            return f"{name}: stored as {', '.join(sorted(found[weight.sha256]))}, the contract says {weight.format}"
+    return None
+
+
 def wrong_embedding(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str | None:
     """What is wrong with the table that token ids look up; None if every row is the trained one, rounded to fp16."""
-    function, config = runner.program.function(), runner.contract.model_config
-    tables = [
-        table
-        for op in function.block.walk()
-        if op.type == "gather"
-        for binding in op.inputs["x"]
-        if (table := function.constant(binding)) is not None
-        and tuple(table.view().shape) == (config.vocab_size, config.hidden_size)
-    ]
+    config = runner.contract.model_config
+    tables = [v for _, v in matrices(runner) if v.shape == (config.vocab_size, config.hidden_size)]
     if len(tables) != 1:
         return f"{len(tables)} constants look like the embedding, expected one"
-    found = embedding_check(torch.from_numpy(tables[0].numpy().astype(np.float32))).numpy().astype(np.float64)
+    found = embedding_check(torch.from_numpy(tables[0].astype(np.float32))).numpy().astype(np.float64)
     expected = golden["embed_check"].astype(np.float64)
     allowed = EXACT_TOLERANCE * np.sqrt(np.mean(expected**2))
     wrong = np.flatnonzero(~(np.abs(found - expected) <= allowed))

@@ -20,8 +20,8 @@ import torch
 from distill import checkpoint, gates
 from distill.artifacts import provenance, write_json
 from distill.errors import InputError, stage_main
+from distill.export.deployed import deploy, weights_sha256
 from distill.export.goldens import ProbeRecorder
-from distill.export.pytorch import weights_sha256
 from distill.export.tolerance import fp16_sigma, relative_error, tolerance_factor
 from distill.export.twin import PrefillTwin, round_to_half
 from distill.gates import Gate
@@ -48,7 +48,10 @@ def run(package: Path, checkpoint_path: Path, ids: list[int] | None = None) -> R
     runner = PackageRunner(package)
     if runner.contract.mode != "prefill":
         raise InputError(f"{package}: probes compare prefill packages, this one is {runner.contract.mode}")
-    student = checkpoint.load(checkpoint_path).student.float().eval()
+    loaded = checkpoint.load(checkpoint_path)
+    student = loaded.student.float().eval()
+    if loaded.formats in (None, runner.contract.formats):
+        deploy(loaded, runner.contract.formats)
     if weights_sha256(student) != runner.contract.weights_sha256:
         raise InputError(f"{package}: was not made from {checkpoint_path}: the contract names other weights")
     ids = ids or parity.load_goldens(runner)["input_ids"][-1].tolist()
