@@ -24,6 +24,8 @@ LOG_ZERO = -100.0
 gives no mass at all the reverse KL is infinite; this is its ceiling there."""
 
 _MIX = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+_EVEN = 0.25, 0.75
+"""Shares of a mixture between which neither of the two counts for little."""
 
 
 class Divergence(NamedTuple):
@@ -90,6 +92,8 @@ def _jsd(log_t: Tensor, t: Tensor, log_s: Tensor, s: Tensor, share: float) -> tu
     """b KL(t || m) + (1 - b) KL(s || m), m = b t + (1 - b) s (Agarwal et al. 2024, GKD); g = (1 - b) log(s / m)."""
     over_t, over_s = _log_mixture(log_t, log_s, share)  # log m - log t, log m - log s
     value = -(share * (t * over_t).sum(-1) + (1 - share) * (s * over_s).sum(-1))
+    if not _EVEN[0] <= share <= _EVEN[1]:
+        over_s = _without_constant(over_s, _over_mixture(s, over_t)[1], log_t, log_s, share)
     return value, _through_softmax(s, over_s.mul_(share - 1))
 
 
@@ -97,18 +101,17 @@ def _skew_kl(log_t: Tensor, t: Tensor, log_s: Tensor, s: Tensor, share: float) -
     """KL(t || m), m = a t + (1 - a) s (Ko et al. 2024, DistiLLM); g = -(1 - a) t / m."""
     over_t, _ = _log_mixture(log_t, log_s, share)
     value = -(t * over_t).sum(-1)
-    excess = over_t.neg().expm1_()  # t / m - 1, which is small where the two are near
-    far = (s * excess).sum(-1, keepdim=True) < -0.5  # and nearly -1 where they are far: there t / m itself
-    if bool(far.any()):
-        excess = torch.where(far, over_t.neg_().exp_(), excess)
-    return value, _through_softmax(s, excess.mul_(share - 1))
+    return value, _through_softmax(s, _over_mixture(s, over_t)[0].mul_(share - 1))
 
 
 def _skew_reverse_kl(log_t: Tensor, t: Tensor, log_s: Tensor, s: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """KL(s || m), m = a s + (1 - a) t (Ko et al. 2024); g = log(s / m) + (1 - a) t / m."""
     over_t, over_s = _log_mixture(log_t, log_s, 1 - share)
     value = -(s * over_s).sum(-1)
-    return value, _through_softmax(s, over_t.neg_().expm1_().mul_(1 - share).sub_(over_s))
+    ratio, far = _over_mixture(s, over_t)
+    if not _EVEN[0] <= share <= _EVEN[1]:
+        over_s = _without_constant(over_s, far, log_t, log_s, 1 - share)
+    return value, _through_softmax(s, ratio.mul_(1 - share).sub_(over_s))
 
 
 def _tvd(log_t: Tensor, t: Tensor, log_s: Tensor, s: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -128,6 +131,22 @@ _FORMULAE: dict[str, Formula] = {
 }
 
 
+def _over_mixture(s: Tensor, over_t: Tensor) -> tuple[Tensor, Tensor]:
+    """t / m, but for a constant of each row, which a softmax does not see; and the rows [R, 1] that are far: most of
+    the student's mass is where t is small against m. There it is t / m; elsewhere t / m - 1, which is small."""
+    near = over_t.neg().expm1_()
+    far = (s * near).sum(-1, keepdim=True) < -0.5
+    return (torch.where(far, over_t.neg_().exp_(), near) if bool(far.any()) else near), far
+
+
+def _without_constant(over_s: Tensor, far: Tensor, log_t: Tensor, log_s: Tensor, share: float) -> Tensor:
+    """log m - log s [R, C] without the constant log(1 - share), near which it is in far rows."""
+    if not bool(far.any()):
+        return over_s
+    rest = torch.nn.functional.softplus(log_t - log_s + math.log(share / (1 - share)))  # log m - log((1 - share) s)
+    return torch.where(far, rest, over_s)
+
+
 def _through_softmax(s: Tensor, g: Tensor) -> Tensor:
     """s (g - sum s g), over `g`."""
     return g.sub_((s * g).sum(-1, keepdim=True)).mul_(s)
@@ -141,7 +160,7 @@ def _log_mixture(log_t: Tensor, log_s: Tensor, share: float) -> tuple[Tensor, Te
     apart = d.abs().neg_()
     below = apart.expm1().mul_(less)  # m / max(t, s) - 1
     over_larger = below.log1p()
-    if not 0.25 <= share <= 0.75:  # the larger one may count for so little that 1 - less is lost in 1 + below
+    if not _EVEN[0] <= share <= _EVEN[1]:  # the larger one may count for so little that 1 - less is lost in 1 + below
         more = torch.where(larger, d.new_tensor(1 - share), d.new_tensor(share))
         over_larger = torch.where(below > -0.5, over_larger, apart.exp_().mul_(less).add_(more).log_())
     return over_larger + d.clamp(min=0), over_larger.sub_(d.clamp_(max=0))

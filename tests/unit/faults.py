@@ -388,8 +388,8 @@ async def misbehave(x: Exchange, item: Item) -> bool:
     """Answer with a fault, or rightly without one; whether the connection can be used again."""
     if isinstance(item, tuple):
         return await refusal(*item)(x)
+    if x.teacher.refuses(x.body) and (item is None or item in SOUND):  # it is never answered, in no manner
+        return await FAULTS[x.teacher.refusal](x)
     if item is not None:
         return await FAULTS[str(item)](x)
-    if x.teacher.refuses(x.body):
-        return await FAULTS[x.teacher.refusal](x)
     return await sound(_plainly)(x)
