@@ -44,9 +44,13 @@ def import_coremltools() -> ModuleType:
             "or pass --allow-placeholder for a package-shaped folder that every later stage reports as SKIPPED"
         )
     logging.getLogger("coremltools").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import coremltools
+    logging.disable(logging.WARNING)  # it imports torchao where that is installed, which tells of every GPU library
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import coremltools
+    finally:
+        logging.disable(logging.NOTSET)
     return coremltools
 
 

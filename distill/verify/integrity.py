@@ -10,6 +10,7 @@ from distill.contract import SIDECAR_NAMES, Contract, TensorSpec, read_contract
 from distill.convert.package import SPEC_FILE, WEIGHT_FILE, WEIGHT_NAME, program_sha256, sidecar_folder
 from distill.errors import PackageError
 from distill.gates import Gate
+from distill.versions import import_coremltools
 
 if TYPE_CHECKING:
     from distill.mil import Program
@@ -61,6 +62,7 @@ def _unlike_the_model(contract: Contract, length: int) -> list[str]:
 
 def program_gate(runner: PackageRunner) -> Gate:
     """The program and its description are those that were converted; only the user-defined metadata may differ."""
+    import_coremltools()  # without its chatter
     from coremltools.proto import Model_pb2
 
     from distill.mil.package import Package
