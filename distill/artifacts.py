@@ -20,9 +20,14 @@ import distill
 from distill.errors import InputError, describe_os_error
 
 _CHUNK = 1 << 20
-_MARKS = {".mlpackage": ("Manifest.json", "PLACEHOLDER"), ".contract": ("contract.json",)}
-_MARKS_OTHER = ("config.json",)
-"""By a folder's suffix, files of which it holds one if this project made it; of any other suffix: Hugging Face's."""
+_MARKS = {
+    ".mlpackage": ("Manifest.json", "PLACEHOLDER"),
+    ".aimodel": ("main.mlirb",),
+    ".contract": ("contract.json",),
+}
+_MARKS_OTHER = ("config.json", "port.json", "deployment_manifest.json")
+"""By a folder's suffix, files of which it holds one if this project made it; of any other suffix: Hugging Face's, or
+those of `distill port` and `distill deploy`."""
 
 
 @contextlib.contextmanager
@@ -69,6 +74,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # some writers make private files
                 _fsync(file)
         require_replaceable(target)  # once more: the work may have taken long
         if target.exists():

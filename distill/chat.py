@@ -25,16 +25,16 @@ _MARK = re.compile("|".join(re.escape(mark) for mark in (END_OF_TEXT, TURN_START
 _THOUGHT_MARK = re.compile(_MARK.pattern + "|</?think>")
 _THOUGHT = re.compile(re.escape(THINK_START) + r"(.*?)" + re.escape(THINK_END), re.DOTALL)
 _CALL = re.compile(re.escape(CALL_START) + r"(.*?)" + re.escape(CALL_END), re.DOTALL)
-_TOOLS_HEAD = "Functions you can call, one JSON schema a line:\n"
-_TOOLS_TAIL = f'\nTo call one, write {CALL_START}{{"name": ..., "arguments": {{...}}}}{CALL_END}.'
+TOOLS_HEAD = "Functions you can call, one JSON schema a line:\n"
+TOOLS_TAIL = f'\nTo call one, write {CALL_START}{{"name": ..., "arguments": {{...}}}}{CALL_END}.'
 
 JINJA = (
     "{%- if tools %}{{- '<|im_start|>system\\n' }}"
     "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}"
-    "{{- " + json.dumps(_TOOLS_HEAD) + " }}"
+    "{{- " + json.dumps(TOOLS_HEAD) + " }}"
     "{%- for tool in tools %}{{- (tool.function if tool.function is defined else tool) | tojson }}"
     "{%- if not loop.last %}{{- '\\n' }}{%- endif %}{%- endfor %}"
-    "{{- " + json.dumps(_TOOLS_TAIL) + " + '<|im_end|>\\n' }}{%- endif %}"
+    "{{- " + json.dumps(TOOLS_TAIL) + " + '<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}{%- if not (tools and loop.first and message.role == 'system') %}"
     "{{- '<|im_start|>' + message.role + '\\n' }}"
     "{%- set thought = message.reasoning_content or message.reasoning %}"
@@ -124,7 +124,7 @@ def segments(
         system = messages[0].content + "\n\n" if messages and messages[0].role == "system" else ""
         listing = "\n".join(_json(tool.get("function", tool)) for tool in tools)
         _refuse(_CONTROL, listing, "a tool's schema")
-        text = f"{TURN_START}system\n{system}{_TOOLS_HEAD}{listing}{_TOOLS_TAIL}{TURN_END}\n"
+        text = f"{TURN_START}system\n{system}{TOOLS_HEAD}{listing}{TOOLS_TAIL}{TURN_END}\n"
         out.append(Segment(text, False, 0 if system else None))
     for index, message in enumerate(messages):
         if tools and index == 0 and message.role == "system":

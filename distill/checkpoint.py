@@ -127,9 +127,10 @@ def require_seal(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: damaged: its sha256 is not the one beside it")
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint without unpickling anything unsafe; CheckpointError names what is wrong with it."""
-    data = read(path)
+def load(path: str | os.PathLike[str], *, mmap: bool = False) -> Checkpoint:
+    """Read a checkpoint without unpickling anything unsafe; CheckpointError names what is wrong with it. `mmap` as in
+    `read`."""
+    data = read(path, mmap=mmap)
     _check_kinds(data, path)
     try:
         config = msgspec.convert(data["config"], ModelConfig)

@@ -37,6 +37,7 @@ STAGES: dict[str, Stage] = {
     "proc": Stage(
         "distill.train.process:main", "training.process_supervision", "train on, with weights by kind of span"
     ),
+    "qat": Stage("distill.train.qat:main", "training.quantise", "train on, through the weights as deployed"),
     "held-out": Stage("distill.train.held_out:main", None, "what training changed on held-out data, judged"),
     "toy-block": Stage(
         "distill.export.toy:block_main", "conversion.make_toy_block", "export one tiny transformer block"
@@ -46,13 +47,22 @@ STAGES: dict[str, Stage] = {
     ),
     "toy-onnx": Stage("distill.export.toy:onnx_main", "conversion.make_toy_onnx", "export a tiny student to ONNX"),
     "export": Stage("distill.export.pytorch:main", "conversion.export_pytorch", "checkpoint to programs and contracts"),
+    "port": Stage("distill.export.port:main", None, "checkpoint to a Hugging Face, GGUF or MLX folder"),
     "surgery": Stage("distill.convert.surgery:main", None, "rewrite an ONNX file for Core ML, and say what changed"),
     "convert": Stage("distill.convert.coreml:main", "conversion.convert_coreml", "exported program to Core ML package"),
     "convert-all": Stage("distill.convert.worker:main", None, "every program of an export folder to packages"),
+    "package": Stage("distill.convert.functions:main", None, "checkpoint to one package: prefill, decode, one state"),
+    "coreai": Stage("distill.convert.coreai:main", None, "checkpoint to Core AI asset, Apple's format of OS 27"),
+    "coreai-verify": Stage(
+        "distill.verify.coreai:main", None, "does a Core AI asset keep its contract, by Apple's runtime"
+    ),
     "ane": Stage("distill.verify.ane:main", None, "is a package eligible for the Neural Engine"),
     "probes": Stage("distill.verify.probes:main", None, "compare PyTorch and a package point by point"),
     "contracts": Stage("distill.verify.contracts:main", "evaluation.toy_contracts", "does a package keep its contract"),
+    "distribution": Stage("distill.verify.distribution:main", None, "what a package loses, by KL and agreement"),
     "ask": Stage("distill.verify.ask:main", None, "ask a package one question, or a file of them"),
+    "speed": Stage("distill.evaluate.speed:main", None, "speed by compute unit, and what no chip can beat"),
+    "deploy": Stage("distill.deploy.main:main", None, "the last student to a verified bundle; verify one"),
     "mil": Stage("distill.mil_tools.main:main", None, "look into any Core ML package, run it, compare two"),
     "8-ball": Stage(
         "distill.eight_ball:main", None, "the whole pipeline in one sitting: a model that answers like an 8-ball"

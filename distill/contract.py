@@ -25,8 +25,10 @@ SIDECAR_NAMES = {
 """What travels with a program: role -> file name beside a package."""
 
 
-_RANKS = {"prefill": [2, 3], "decode": [2, 3, 4], "block": [4, 4]}
+_RANKS = {"prefill": [2, 3], "decode": [2, 3, 4], "block": [4, 4], "generator": [2, 3, 4]}
 """Of the first input, the first output and the state."""
+WITH_STATE = ("decode", "generator")
+"""Modes that take a position besides the tokens, and keep a state."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -50,9 +52,14 @@ class ShapeValidation(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the exported program of one shape compared with the training model, in fp32."""
 
     status: Literal["pass", "fail"]
-    max_abs_err: float
-    tolerance: float
+    max_abs_err: float | None = None
+    """None: there is no number, since there is no program or it gave one that is not finite; the reason says which."""
+    tolerance: float | None = None
     reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.status == "pass" and (self.max_abs_err is None or self.tolerance is None):
+            raise ValueError("shape_validation: a pass has an error and a tolerance")
 
 
 class Weight(msgspec.Struct, frozen=True):
@@ -70,21 +77,37 @@ class Weight(msgspec.Struct, frozen=True):
             raise ValueError(f"weights: a matrix has no shape {self.shape}")
 
 
-class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One exported program (schema distill-export/1) or package (distill-package/1)."""
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry point of a generator: so many tokens at once, from a position on."""
 
-    schema: Literal["distill-export/1", "distill-package/1"]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    states: list[TensorSpec]
+    """Those of every other function: a conversation's state passes from one to the next."""
+    probes: dict[str, str] = {}
+    """As `Contract.probes`."""
+
+    def tokens(self) -> int:
+        """Tokens per call."""
+        return self.inputs[0].shape[-1]
+
+
+class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of an exported program (distill-export/1), package (distill-package/1) or Core AI asset (distill-coreai/1)."""
+
+    schema: Literal["distill-export/1", "distill-package/1", "distill-coreai/1"]
     name: str
-    mode: Literal["prefill", "decode", "block"]
+    mode: Literal["prefill", "decode", "block", "generator"]
+    """A generator has several functions over one state."""
     file: FileRef | None
     """The exported program; for a package: its weight.bin."""
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     states: list[TensorSpec]
     enumerated_T: list[int]
-    """All sequence lengths of the export; a package lists its own."""
+    """All sequence lengths of the export; a package lists its own, with a state the context."""
     shape_validation: dict[str, ShapeValidation]
-    """Keyed by sequence length."""
+    """Keyed by sequence length; of a generator by function."""
     model_config: ModelConfig
     kv_layout: str | None
     rope: str
@@ -111,9 +134,11 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every matrix by its name in the twin; empty where the program is no twin of a student."""
     tables: FileRef | None = None
     """Of an export: the scales and palettes of the compressed matrices."""
+    functions: dict[str, Function] = {}
+    """Of a generator, by name. `inputs`, `outputs` and `states` above are those of `decode`, the default one."""
 
     def __post_init__(self) -> None:
-        wanted = 2 if self.mode == "decode" else 1
+        wanted = 2 if self.mode in WITH_STATE else 1
         if (
             len(self.inputs) != wanted
             or not self.outputs
@@ -127,12 +152,35 @@ class Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.mode != "block" and min(self.enumerated_T, default=0) < 1:
             raise ValueError(f"enumerated_T {self.enumerated_T}: a {self.mode} program has a length, of at least 1")
+        if self.mode == "generator" or self.functions:
+            self._check_functions()
         if unknown := set(self.sidecar) - SIDECAR_NAMES.keys():
             raise ValueError(f"sidecar: no file has the role {', '.join(sorted(unknown))}")
+
+    def _check_functions(self) -> None:
+        """Every function is like `decode` but for the number of tokens."""
+        if self.mode != "generator" or "decode" not in self.functions:
+            raise ValueError("a generator, and nothing else, has functions; one of them is decode")
+        for name, function in self.functions.items():
+            tokens = function.inputs[0].shape[-1] if function.inputs and function.inputs[0].shape else 0
+            if tokens < 1 or name != (f"prefill_{tokens}" if tokens > 1 else "decode"):
+                raise ValueError(f"function {name} takes {tokens} tokens: it is not called so")
+            for kind in ("inputs", "outputs", "states"):
+                if _with_tokens(getattr(self, kind), tokens, kind) != getattr(function, kind):
+                    raise ValueError(f"the {kind} of function {name} are not those of decode for {tokens} tokens")
 
     def sequence(self) -> int:
         """Tokens per call: T of a prefill, 1 of a decode."""
         return self.inputs[0].shape[-1]
+
+
+def _with_tokens(specs: list[TensorSpec], tokens: int, kind: str) -> list[TensorSpec]:
+    """The first tensor of decode's, but with so many tokens; a state is the same whatever their number."""
+    if kind == "states" or not specs:
+        return specs
+    shape = list(specs[0].shape)
+    shape[1] = tokens
+    return [msgspec.structs.replace(specs[0], shape=shape), *specs[1:]]
 
 
 def read_contract(path: str | Path) -> Contract:

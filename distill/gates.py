@@ -40,6 +40,35 @@ def at_least(
     return Gate("pass" if ok else "fail", _plain(observed), threshold, backend, reason)
 
 
+def within(
+    observed: float,
+    interval: tuple[float, float],
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    too_few: str | None = None,
+    backend: str | None = None,
+) -> Gate:
+    """Pass iff the whole confidence interval keeps the limit, fail iff none of it does; else inconclusive.
+
+    Exactly one limit is given. `too_few` says why there are too few samples to judge by: inconclusive. NaN and
+    infinities fail however few there are.
+    """
+    low, high = interval
+    if at_most is not None:
+        threshold, inside, outside = at_most, high <= at_most, low > at_most
+    else:
+        assert at_least is not None
+        threshold, inside, outside = at_least, low >= at_least, high < at_least
+    status: Status = "pass" if inside else "fail" if outside else "inconclusive"
+    reason = f"interval {low:.4g} to {high:.4g}"
+    if not math.isfinite(observed):
+        status, reason = "fail", "not finite"
+    elif too_few:
+        status, reason = "inconclusive", f"{too_few}; {reason}"
+    return Gate(status, _plain(observed), threshold, backend, reason)
+
+
 def holds(
     ok: bool, *, observed: Any = None, threshold: Any = None, backend: str | None = None, reason: str | None = None
 ) -> Gate:

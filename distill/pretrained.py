@@ -138,19 +138,27 @@ def save_pretrained(
     eos: int | None = None,
 ) -> Path:
     """Write config.json and model.safetensors (and the tokenizer's files from another folder), whole or not at all."""
-    weights = {name: value.detach().contiguous().cpu() for name, value in student.state_dict().items()}
-    if student.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
     with atomic_dir(folder) as temporary:
-        values = config_to_huggingface(student.config, bos=bos, eos=eos)
-        values["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_pretrained(student, temporary, bos=bos, eos=eos)
         for name in TOKENIZER_FILES if tokenizer_from else ():
             source = Path(tokenizer_from or "") / name
             if source.is_file():
                 shutil.copyfile(source, temporary / name)
     return Path(folder)
+
+
+def write_pretrained(
+    student: Student, folder: Path, *, bos: int | None = None, eos: int | None = None, pad: int | None = None
+) -> None:
+    """Write config.json and model.safetensors into a folder that is there."""
+    weights = {name: value.detach().contiguous().cpu() for name, value in student.state_dict().items()}
+    if student.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    values = config_to_huggingface(student.config, bos=bos, eos=eos)
+    values["pad_token_id"] = pad
+    values["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _rope(data: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:

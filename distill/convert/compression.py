@@ -9,11 +9,13 @@ A tied head is a convolution and the embedding a table that ids look up: Core ML
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-import coremltools as ct
 import numpy as np
 import torch
 from coremltools.converters.mil import Builder as mb
@@ -24,28 +26,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distill.artifacts import sha256_file
-from distill.contract import Contract, Weight, sidecar_path
+from distill.contract import Weight, sidecar_path
+from distill.convert.coreml import Lowered
 from distill.errors import DistillError, InputError
 from distill.formats import Format, decompress, encode, operands
 
 _PASS = "distill::store_in_formats"
+_COLLECTIONS = 4
+"""How often Python looks for garbage meanwhile: it frees a weight in fp16 no earlier."""
 
 
-def pipeline(contract: Contract, folder: Path) -> Any:
-    """coremltools' default passes and, after them, the one that compresses; None where no weight is compressed.
+def append(passes: Any, contract: Lowered, folder: Path) -> None:
+    """Let a pipeline compress at its end, where the contract has weights to compress.
 
     `folder` holds the table file of the export. InputError where that is missing, altered, or not that of the contract.
     """
     wanted = {name: weight for name, weight in contract.weights.items() if weight.format != "fp16"}
-    if not wanted:
-        return None
-    passes = ct.PassPipeline()
-    passes.append_pass(_PASS)
-    passes.set_options(_PASS, {"job": Job(wanted, _tables(contract, wanted, folder))})
-    return passes
+    if wanted:
+        passes.append_pass(_PASS)
+        passes.set_options(_PASS, {"job": Job(wanted, _tables(contract, wanted, folder))})
 
 
-def _tables(contract: Contract, wanted: dict[str, Weight], folder: Path) -> dict[str, torch.Tensor]:
+def _tables(contract: Lowered, wanted: dict[str, Weight], folder: Path) -> dict[str, torch.Tensor]:
     if contract.tables is None:
         raise InputError(f"{contract.name}: its contract has compressed weights, but names no file of their tables")
     path = sidecar_path(folder, contract.tables)
@@ -71,6 +73,7 @@ class Job:
             self.names.setdefault((weight.sha256, tuple(weight.shape)), name)
         self.shapes = {shape for _, shape in self.names}
         self.left = set(self.names.values())
+        self.bytes = sum(2 * math.prod(weight.shape) for weight in wanted.values())
 
     def name_of(self, value: Any) -> str | None:
         """The wanted weight that a constant is."""
@@ -82,7 +85,7 @@ class Job:
     def operator(self, name: str, value: np.ndarray) -> tuple[str, dict[str, np.ndarray]]:
         """The operator that gives the weight, and its operands."""
         form = Format.parse(self.wanted[name].format)
-        half = torch.from_numpy(np.array(value)).reshape(value.shape[:2])
+        half = torch.from_numpy(np.require(value, requirements=["C", "W"])).reshape(value.shape[:2])
         stored = encode(half, form, self.tables[name])
         if not torch.equal(decompress(stored).view(torch.int16), half.view(torch.int16)):
             raise DistillError(f"{name}: is not a weight in {form} with the scales or palettes that came with it")
@@ -101,9 +104,15 @@ class store_in_formats(AbstractGraphPass):  # named as coremltools names passes
     def apply(self, prog: Any) -> None:
         assert self.job is not None
         for block in prog.functions.values():
-            for op in list(block.operations):
+            left, dropped = deque(block.operations), 0
+            while left:
+                op = left.popleft()
                 if op.op_type == "const" and (name := self.job.name_of(op.outputs[0].val)) is not None:
+                    dropped += op.outputs[0].val.nbytes
                     self._replace(block, op, name)
+                if dropped > self.job.bytes // _COLLECTIONS:
+                    gc.collect()  # a removed operator and its output refer to each other
+                    dropped = 0
         if self.job.left:
             raise DistillError(f"conversion lost weights to compress: {', '.join(sorted(self.job.left)[:4])}")
 

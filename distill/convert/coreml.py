@@ -11,15 +11,16 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import torch
 
 from distill.artifacts import provenance, require_replaceable, sha256_file
-from distill.contract import Contract, TensorSpec, read_contract
+from distill.contract import Contract, FileRef, TensorSpec, Weight, read_contract
 from distill.convert.package import save_package, save_placeholder, sidecar_folder
 from distill.errors import CheckpointError, DistillError, InputError, stage_main
+from distill.model import ModelConfig
 from distill.versions import import_coremltools, installed, quiet, require_python, versions
 
 COMPUTE_UNITS = {
@@ -66,9 +67,9 @@ def run(config: ConvertConfig) -> Contract | None:
     contract = read_contract(path) if config.contract or path.is_file() else None
     if contract is not None:
         _check(contract, config, path)
-    lower = _from_torchscript if config.backend == "pytorch" else _from_onnx
-    model = lower(ct, config, contract)
-    _check_state_writes(model, contract)
+    from_source = _from_torchscript if config.backend == "pytorch" else _from_onnx
+    model = from_source(ct, config, contract)
+    check_state_writes(model, contract)
     if contract is not None:
         made = provenance(
             {
@@ -83,7 +84,7 @@ def run(config: ConvertConfig) -> Contract | None:
             contract,
             enumerated_T=[contract.sequence()] if contract.mode != "decode" else contract.enumerated_T,
             tables=None,
-            probes=_probes(model, contract) if config.backend == "pytorch" else _onnx_probes(model, contract),
+            probes=probes(model, contract) if config.backend == "pytorch" else _onnx_probes(model, contract),
             made_by=made | {"export": contract.made_by},
             versions=versions(),
         )
@@ -117,25 +118,57 @@ def _from_torchscript(ct: Any, config: ConvertConfig, contract: Contract | None)
         program = torch.jit.load(str(config.source), map_location="cpu")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{config.source}: not a TorchScript program: {str(error).splitlines()[0]}") from error
-    with quiet(), _one_line(config.source):
-        from distill.convert import compression
+    with quiet(), one_line(config.source):
+        return lower(ct, program, contract, _contract_path(config).parent, _target(config, contract), consume=True)
 
-        return ct.convert(
-            program,
-            source="pytorch",
-            inputs=[_tensor_type(ct, spec) for spec in contract.inputs],
-            outputs=[ct.TensorType(spec.name, dtype=_dtype(spec)) for spec in contract.outputs],
-            states=[
-                ct.StateType(wrapped_type=ct.TensorType(shape=tuple(s.shape), dtype=_dtype(s)), name=s.name)
-                for s in contract.states
-            ]
-            or None,
-            convert_to="mlprogram",
-            minimum_deployment_target=getattr(ct.target, _target(config, contract)),
-            compute_precision=ct.precision.FLOAT16,
-            pass_pipeline=compression.pipeline(contract, _contract_path(config).parent),
-            skip_model_load=True,
-        )
+
+class Lowered(Protocol):
+    """What lowering asks of a contract."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> list[TensorSpec]: ...
+    @property
+    def outputs(self) -> list[TensorSpec]: ...
+    @property
+    def states(self) -> list[TensorSpec]: ...
+    @property
+    def model_config(self) -> ModelConfig: ...
+    @property
+    def weights(self) -> dict[str, Weight]: ...
+    @property
+    def tables(self) -> FileRef | None: ...
+
+
+def lower(
+    ct: Any, program: Any, contract: Lowered, folder: Path, target: str = "iOS18", *, consume: bool = False
+) -> Any:
+    """A traced program -> MLModel, its weights in their formats; `folder` holds the tables that the contract names.
+
+    `consume`: the program is of no use afterwards, its weights are freed as they are halved.
+    """
+    from distill.convert import compression, halving
+
+    passes = ct.PassPipeline()
+    halving.use(passes, program if consume else None)
+    compression.append(passes, contract, folder)
+    return ct.convert(
+        program,
+        source="pytorch",
+        inputs=[_tensor_type(ct, spec) for spec in contract.inputs],
+        outputs=[ct.TensorType(spec.name, dtype=_dtype(spec)) for spec in contract.outputs],
+        states=[
+            ct.StateType(wrapped_type=ct.TensorType(shape=tuple(s.shape), dtype=_dtype(s)), name=s.name)
+            for s in contract.states
+        ]
+        or None,
+        convert_to="mlprogram",
+        minimum_deployment_target=getattr(ct.target, target),
+        compute_precision=ct.precision.FLOAT16,
+        pass_pipeline=passes,
+        skip_model_load=True,
+    )
 
 
 def _from_onnx(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any:
@@ -147,7 +180,7 @@ def _from_onnx(ct: Any, config: ConvertConfig, contract: Contract | None) -> Any
 
 
 @contextlib.contextmanager
-def _one_line(source: Path) -> Iterator[None]:
+def one_line(source: Path | str) -> Iterator[None]:
     """coremltools raises bare exceptions of many lines; a full disk is not about `source` and passes."""
     try:
         yield
@@ -179,7 +212,7 @@ def _dtype(spec: TensorSpec) -> Any:
     return np.dtype(spec.dtype).type
 
 
-def _check_state_writes(model: Any, contract: Contract | None) -> None:
+def check_state_writes(model: Any, contract: Lowered | None) -> None:
     """coremltools has been seen to drop state writes without a word: count them."""
     if contract is None or not contract.states:
         return
@@ -191,7 +224,7 @@ def _check_state_writes(model: Any, contract: Contract | None) -> None:
         raise DistillError(f"conversion lost state writes: {updates} slice updates and {found} writes for {expected}")
 
 
-def _probes(model: Any, contract: Contract) -> dict[str, str]:
+def probes(model: Any, contract: Contract) -> dict[str, str]:
     """Twin module path -> the value that its last op makes, from the scopes that coremltools records.
 
     Only modules whose own call is in the graph have one; the value of a module is that of the last op whose scope

@@ -263,6 +263,8 @@ def plan(
 
     Ends with the epochs of the last stage, after `max_steps`, or with the step that reaches `token_budget`.
     """
+    if max_steps == 0:
+        return []
     steps: list[list[list[int]]] = []
     tokens = 0
     for number, stage in enumerate(stages):

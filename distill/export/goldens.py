@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill import chat
 from distill.artifacts import atomic_file
 from distill.export.tolerance import fp16_sigma, tolerance_factor
-from distill.export.twin import DecodeTwin, PrefillTwin, round_to_half
+from distill.export.twin import CachedTwin, PrefillTwin, round_to_half
 from distill.model import Student
 from distill.tokenizer import Tokenizer
 from distill.tools import EvalItem
@@ -122,7 +122,7 @@ def prefill_goldens(reference: Reference, seq: int, prompt_ids: list[int]) -> di
         "logits_half": logits_half,
         "fp16_sigma": fp16_sigma(student, hidden, gain),
         "embed_check": embedding_check(half.embed.weight),
-    } | {f"probe.{name}": value[..., positions] for name, value in recorder.values.items() if _is_point(name)}
+    } | {f"probe.{name}": value[..., positions] for name, value in recorder.values.items() if is_point(name)}
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def decode_goldens(reference: Reference, context: int, prompt_ids: list[int]) ->
     kept = prompt_ids[: n // 2]
     ids[: len(kept)] = torch.tensor(kept, dtype=torch.int32)
     hidden = student.hidden(ids.long()[None])[0]
-    half = round_to_half(DecodeTwin(student, context, copy=True))
+    half = round_to_half(CachedTwin(student, context, copy=True))
     steps = [half(ids[i].view(1, 1), torch.tensor([i], dtype=torch.int32))[0] for i in range(n)]
     return {
         "input_ids": ids[None],
@@ -152,7 +152,7 @@ def decode_goldens(reference: Reference, context: int, prompt_ids: list[int]) ->
     } | _far_steps(half, context, n)
 
 
-def _far_steps(half: DecodeTwin, context: int, near: int) -> dict[str, Tensor]:
+def _far_steps(half: CachedTwin, context: int, near: int) -> dict[str, Tensor]:
     positions = torch.linspace(min(near, context - 1), context - 1, FAR_STEPS).round().int().unique()
     ids = torch.arange(len(positions), dtype=torch.int32) % half.config.vocab_size
     filled = torch.from_numpy(random_state(tuple(half.kv.shape)))
@@ -197,7 +197,7 @@ class ProbeRecorder:
         self.values.setdefault(name, out.detach())  # returns None: a hook's value would replace the output
 
 
-def _is_point(name: str) -> bool:
+def is_point(name: str) -> bool:
     """The named points of the contract: each block's output and the final norm."""
     return name == "final_norm" or (name.startswith("block_") and "." not in name)
 

@@ -10,27 +10,23 @@ and tokenizer.json and chat_template.jinja once. Every program is compared with 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from distill import chat, checkpoint
-from distill.artifacts import atomic_file, provenance, sha256_file, write_json, write_text
-from distill.contract import Contract, FileRef, ShapeValidation, TensorSpec
-from distill.errors import DistillError, InputError, describe_os_error, stage_main
-from distill.export import goldens
+from distill.artifacts import provenance, write_json, write_text
+from distill.contract import Contract, FileRef, ShapeValidation, read_contract
+from distill.errors import DistillError, InputError, stage_main
+from distill.export import goldens, resume
 from distill.export.deployed import deploy, parse_formats, promised, tables_of_matrices, weights_sha256
+from distill.export.programs import Shape, attempt, file_ref, interface, save_program
 from distill.export.prompts import evaluation_items
 from distill.export.tolerance import fp16_gain
-from distill.export.twin import DecodeTwin, PrefillTwin
 from distill.formats import Formats
 from distill.model import Student
 from distill.versions import require_python, versions
@@ -38,9 +34,6 @@ from distill.versions import require_python, versions
 DEFAULT_CHECKPOINT = Path("models/student/checkpoints/latest.pt")
 DEFAULT_OUT = Path("models/student/exported")
 DEFAULT_T = [512, 1024, 2048]
-_TWIN_TOLERANCE = 1e-4
-"""The twin reorders fp32 sums: allowed error as a share of the largest logit."""
-KV_LAYOUT = "kv (2L, K, C, N): row 2l keys after RoPE, row 2l+1 values of layer l; head, position, width"
 MASK = "additive; 0 where a token may attend, -1e4 elsewhere; causal"
 
 
@@ -71,6 +64,8 @@ class Shared(NamedTuple):
     items: Sequence[Any]
     fields: dict[str, Any]
     sidecar: dict[str, FileRef]
+    fingerprint: str
+    """Of what every shape is made from."""
 
     @property
     def student(self) -> Student:
@@ -79,32 +74,17 @@ class Shared(NamedTuple):
 
 
 def run(config: ExportConfig) -> list[Path]:
-    """Export; returns the contracts written. InputError for bad input, DistillError if the primary shape fails."""
-    with _together(config.out) as folder:
-        staged = config._replace(out=folder)
-        shared = prepare(staged)
-        written = []
-        if config.mode in ("prefill", "both"):
-            written += _prefills(shared, staged)
-        if config.mode in ("decode", "both"):
-            written.append(_decode(shared, staged))
-    return [config.out / path.name for path in written]
+    """Export; returns the contracts written. InputError for bad input, DistillError if the primary shape fails.
 
-
-@contextlib.contextmanager
-def _together(out: Path) -> Iterator[Path]:
-    """A folder whose files are moved to `out` on a clean exit, contracts last: programs and contracts stay in step."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".export.", suffix=".tmp", dir=out))
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {describe_os_error(error)}") from error
-    try:
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.name.endswith("_contract.json")):
-            file.replace(out / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    Shapes that an earlier run made from the same inputs are kept, those of a run that was stopped too.
+    """
+    with resume.workspace(config.out) as work:
+        shared = prepare(config._replace(out=work.staging))
+        evaluated = functools.cache(lambda: goldens.evaluation(shared.reference, shared.items, max(shared.lengths)))
+        shapes = _shapes(shared, config)
+        contracts = [_export(shared, shape, evaluated, work, primary=shape == shapes[0]) for shape in shapes]
+        checked = {str(c.sequence()): resume.own_validation(c) for c in contracts if c.mode == "prefill"}
+        return work.publish([_completed(shared, contract, checked) for contract in contracts])
 
 
 def prepare(config: ExportConfig) -> Shared:
@@ -115,6 +95,12 @@ def prepare(config: ExportConfig) -> Shared:
     formats, tables = deploy(loaded, config.formats)
     positions = student.config.max_position_embeddings
     lengths, primary = _lengths(config, loaded.provenance.get("config", {}), positions)
+    items = evaluation_items(loaded, toy_set=config.toy)
+    made_by = provenance(
+        {"primary": primary, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
+        {"checkpoint": config.checkpoint},
+    )
+    inputs = {"inputs": made_by["inputs"], "formats": formats, "enumerated_T": lengths, "items": items}
     fields: dict[str, Any] = {
         "schema": "distill-export/1",
         "enumerated_T": lengths,
@@ -129,21 +115,15 @@ def prepare(config: ExportConfig) -> Shared:
         "tables": None if formats is None else _write_tables(config.out, tables_of_matrices(student, formats, tables)),
         "fp16_gain": fp16_gain(student),
         "probes": {},
-        "made_by": provenance(
-            {"primary": primary, "enumerated_T": lengths, "mode": config.mode, "toy": config.toy},
-            {"checkpoint": config.checkpoint},
-        )
-        | {"stage": loaded.stage, "step": loaded.step, "lineage": loaded.lineage},
+        "made_by": made_by | {"stage": loaded.stage, "step": loaded.step, "lineage": loaded.lineage},
         "versions": versions(),
     }
-    items = evaluation_items(loaded, toy_set=config.toy)
     sidecar = {
         "tokenizer": file_ref(write_text(config.out / "tokenizer.json", loaded.tokenizer.to_json())),
         "chat_template": file_ref(write_text(config.out / "chat_template.jinja", chat.JINJA)),
     }
-    return Shared(
-        goldens.Reference(student, loaded.tokenizer, fields["fp16_gain"]), lengths, primary, items, fields, sidecar
-    )
+    reference = goldens.Reference(student, loaded.tokenizer, fields["fp16_gain"])
+    return Shared(reference, lengths, primary, items, fields, sidecar, resume.fingerprint(inputs))
 
 
 def _write_tables(out: Path, tables: dict[str, Tensor]) -> FileRef | None:
@@ -162,78 +142,51 @@ def _lengths(config: ExportConfig, trained: dict[str, Any], positions: int) -> t
     return sorted(chosen), chosen[0] if config.seq is None else config.seq
 
 
-def _prefills(shared: Shared, config: ExportConfig) -> list[Path]:
-    primary = shared.primary
-    order = [primary] + [t for t in shared.lengths if t != primary]
-    evaluated = goldens.evaluation(shared.reference, shared.items, max(order))
-    checked: dict[str, ShapeValidation] = {}
-    pending = []
-    for t in order:
-        twin = PrefillTwin(shared.student, t)
-        golden = goldens.prefill_goldens(shared.reference, t, _first_prompt(evaluated))
-        traced = trace(twin, (golden["input_ids"][:1],))
-        checked[str(t)] = compare(_run_prefill(traced, golden), golden)
-        print(
-            f"prefill T={t}: {checked[str(t)].status}, max error {checked[str(t)].max_abs_err:.2e} in fp32 "
-            f"(tolerance {checked[str(t)].tolerance:.2e})"
-        )
-        if t == primary and checked[str(t)].status == "fail":
-            raise DistillError(f"primary shape T={t}: {checked[str(t)].reason}")
-        name = config.name.format(t=t)
-        file = save_program(traced, config.out / f"{name}.pt")
-        fitting = _fitting(evaluated, t)
-        pending.append((t, name, file, golden, fitting))
-    contracts = []
-    for t, name, file, golden, fitting in pending:
-        contracts.append(
-            write_contract(
-                shared,
-                config.out,
-                name,
-                golden,
-                fitting,
-                checked,
-                mode="prefill",
-                file=file,
-                states=[],
-                kv_layout=None,
-                inputs=[TensorSpec("input_ids", [1, t], "int32")],
-                outputs=[TensorSpec("logits", [1, t, shared.student.config.vocab_size], "float16")],
-            )
-        )
-    return contracts
+def _shapes(shared: Shared, config: ExportConfig) -> list[Shape]:
+    """What to export, the primary shape first."""
+    lengths = [shared.primary, *(t for t in shared.lengths if t != shared.primary)]
+    shapes = [Shape("prefill", t, config.name.format(t=t)) for t in lengths if config.mode != "decode"]
+    return shapes + [Shape("decode", max(lengths), "student_decode")] * (config.mode != "prefill")
 
 
-def _decode(shared: Shared, config: ExportConfig) -> Path:
-    context = max(shared.lengths)
-    evaluated = goldens.evaluation(shared.reference, shared.items, context)
-    golden = goldens.decode_goldens(shared.reference, context, _first_prompt(evaluated))
-    twin = DecodeTwin(shared.student, context)
-    position = torch.tensor([min(1, context - 1)], dtype=torch.int32)
-    traced = trace(twin, (golden["input_ids"][:, :1], position))
-    result = compare(_run_decode(traced, golden), golden)
-    print(
-        f"decode C={context}: {result.status}, max error {result.max_abs_err:.2e} in fp32 "
-        f"(tolerance {result.tolerance:.2e})"
-    )
-    if result.status == "fail":
-        raise DistillError(f"decode: {result.reason}")
-    traced.kv.zero_()
-    file = save_program(traced, config.out / "student_decode.pt")
-    return write_contract(
-        shared,
-        config.out,
-        "student_decode",
-        golden,
-        evaluated,
-        {str(context): result},
-        mode="decode",
-        file=file,
-        kv_layout=KV_LAYOUT,
-        inputs=[TensorSpec("input_ids", [1, 1], "int32"), TensorSpec("position", [1], "int32")],
-        outputs=[TensorSpec("logits", [1, 1, shared.student.config.vocab_size], "float16")],
-        states=[TensorSpec("kv", list(twin.kv.shape), "float16")],
-    )
+def _export(
+    shared: Shared, shape: Shape, evaluated: Callable[[], dict[str, Any]], work: resume.Workspace, *, primary: bool
+) -> Contract:
+    """The contract of one shape that is kept, or made and staged; it lists no other shape's validation."""
+    contract = work.kept(shape.name, shared.fingerprint)
+    how = "made" if contract is None else "kept"
+    if contract is None:
+        made = attempt(shape, shared.reference, lambda: _first_prompt(evaluated()))
+        if primary and made.validation.status == "fail":
+            work.discard()
+            raise DistillError(f"primary shape {shape}: {made.validation.reason}")
+        fields = interface(shape, shared.student.config)
+        checked = {str(shape.length): made.validation}
+        if made.traced is None:
+            contract = Contract(**shared.fields, **fields, name=shape.name, file=None,
+                                shape_validation=checked, sidecar=shared.sidecar)  # fmt: skip
+        else:
+            file = save_program(made.traced, work.staging / f"{shape.name}.pt")
+            fitting = evaluated() if shape.mode == "decode" else _fitting(evaluated(), shape.length)
+            contract = _contract(shared, work.staging, shape.name, made.golden, fitting, checked, file=file, **fields)
+        work.stage(contract, shared.fingerprint)
+    print(f"{shape}: {how}, {_words(contract.shape_validation[str(shape.length)])}", flush=True)
+    return contract
+
+
+def _words(found: ShapeValidation) -> str:
+    if found.max_abs_err is None:
+        return f"{found.status}: {found.reason}"
+    return f"{found.status}, max error {found.max_abs_err:.2e} in fp32 (tolerance {found.tolerance:.2e})"
+
+
+def _completed(shared: Shared, contract: Contract, checked: dict[str, ShapeValidation]) -> Contract:
+    """With what all contracts of this export have in common; a prefill's lists every prefill shape's validation."""
+    own = {role: ref for role, ref in contract.sidecar.items() if role not in shared.sidecar}
+    validation = checked if contract.mode == "prefill" else contract.shape_validation
+    made_by = shared.fields["made_by"] | {"shape": resume.seal(contract, shared.fingerprint)}
+    common = shared.fields | {"sidecar": shared.sidecar | own, "shape_validation": validation, "made_by": made_by}
+    return msgspec.structs.replace(contract, **common)
 
 
 def write_contract(
@@ -246,11 +199,25 @@ def write_contract(
     **fields: Any,
 ) -> Path:
     """Write a program's goldens, evaluation prompts (None: it generates nothing) and contract."""
+    contract = _contract(shared, out, name, golden, evaluated, checked, **fields)
+    return write_json(out / f"{name}_contract.json", msgspec.to_builtins(contract))
+
+
+def _contract(
+    shared: Shared,
+    out: Path,
+    name: str,
+    golden: dict[str, Tensor],
+    evaluated: dict[str, Any] | None,
+    checked: dict[str, ShapeValidation],
+    **fields: Any,
+) -> Contract:
+    """Write goldens and evaluation prompts; returns the contract that names them."""
     sidecar = dict(shared.sidecar)
     sidecar["goldens"] = file_ref(goldens.write_goldens(out / f"{name}_goldens.safetensors", golden))
     if evaluated is not None:
         sidecar["evaluation"] = file_ref(write_json(out / f"{name}_evaluation.json", evaluated))
-    contract = Contract(
+    return Contract(
         **shared.fields,
         **fields,
         name=name,
@@ -258,49 +225,6 @@ def write_contract(
         sidecar=sidecar,
         evaluation_items=len(evaluated["items"]) if evaluated else 0,
     )
-    return write_json(out / f"{name}_contract.json", msgspec.to_builtins(contract))
-
-
-@torch.no_grad()
-def trace(twin: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
-    with warnings.catch_warnings():
-        # tracing bakes shapes in, which is what a static program wants, and warns of each
-        warnings.simplefilter("ignore")
-        return torch.jit.trace(twin, example, check_trace=False)
-
-
-@torch.no_grad()
-def _run_prefill(traced: Any, golden: dict[str, Tensor]) -> Tensor:
-    return torch.stack([traced(row[None])[0, golden["positions"]] for row in golden["input_ids"]])
-
-
-@torch.no_grad()
-def _run_decode(traced: Any, golden: dict[str, Tensor]) -> Tensor:
-    traced.kv.zero_()
-    ids = golden["input_ids"][0]
-    steps = [traced(ids[i].view(1, 1), torch.tensor([i], dtype=torch.int32))[0] for i in range(len(ids))]
-    return torch.cat(steps)[None]
-
-
-def compare(found: Tensor, golden: dict[str, Tensor]) -> ShapeValidation:
-    expected = golden["logits"]
-    tolerance = _TWIN_TOLERANCE * max(float(expected.abs().max()), 1e-3)
-    error = float((found - expected).abs().max())
-    if error <= tolerance:
-        return ShapeValidation("pass", error, tolerance)
-    reason = f"the exported program differs from the training model by {error:.3g} (tolerance {tolerance:.3g})"
-    return ShapeValidation("fail", error, tolerance, reason)
-
-
-def save_program(traced: Any, path: Path) -> FileRef:
-    program = traced.save_to_buffer()  # torch's own file writer aborts the process when the disk is full
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(program)
-    return file_ref(path)
-
-
-def file_ref(path: Path) -> FileRef:
-    return FileRef(path.name, sha256_file(path), path.stat().st_size)
 
 
 def _fitting(evaluated: dict[str, Any], seq: int) -> dict[str, Any]:
@@ -343,7 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     config = ExportConfig(
         args.checkpoint, args.out, args.mode, args.seq, tuple(args.enumerated_T), toy=args.toy, formats=args.formats
     )
-    contracts = run(config)
-    failed = [c for c in contracts if '"status": "fail"' in c.read_text()]
-    print(f"exported {len(contracts)} programs to {config.out}" + (f"; failed shapes in {failed[0]}" if failed else ""))
+    contracts = [read_contract(path) for path in run(config)]
+    failed = [c.name for c in contracts if resume.own_validation(c).status == "fail"]
+    print(f"exported {len(contracts) - len(failed)} programs to {config.out}"
+          + (f"; failed: {', '.join(failed)}" if failed else ""))  # fmt: skip
     return 1 if failed else 0

@@ -23,7 +23,7 @@ from distill import checkpoint
 from distill.artifacts import atomic_file
 from distill.contract import TensorSpec
 from distill.errors import stage_main
-from distill.export import goldens, pytorch
+from distill.export import goldens, programs, pytorch
 from distill.export.tolerance import relative_error
 from distill.export.twin import PrefillTwin, Rope, TwinBlock, round_to_half
 from distill.model import ModelConfig, Student, rope_tables
@@ -85,7 +85,7 @@ def make_block(out: Path, seed: int) -> Path:
         tokens = x[:, :, 0].transpose(1, 2)  # (1,S,D)
         attend = shared.student.causal(len(cos))
         y, _ = shared.student.model.layers[0](tokens, cos[None, None], sin[None, None], attend, None)
-        traced = pytorch.trace(block, (x,))
+        traced = programs.trace(block, (x,))
         found = traced(x)[:, :, 0].transpose(1, 2)
         half = round_to_half(_Block(shared.student))(x)[:, :, 0].transpose(1, 2)
         sigma = relative_error(1) * y.norm(dim=-1, keepdim=True) / math.sqrt(d)
@@ -97,9 +97,9 @@ def make_block(out: Path, seed: int) -> Path:
         out.stem,
         golden,
         None,
-        {str(SEQ): pytorch.compare(found, golden)},
+        {str(SEQ): programs.compare(found, golden)},
         mode="block",
-        file=pytorch.save_program(traced, out),
+        file=programs.save_program(traced, out),
         states=[],
         kv_layout=None,
         inputs=[TensorSpec("x", spec, "float16")],
@@ -127,7 +127,7 @@ def make_onnx(out: Path, seed: int) -> Path:
     golden["logits_half"] = _run_rounded(model, golden)
     vocab = shared.student.config.vocab_size
     evaluated = goldens.evaluation(shared.reference, shared.items, SEQ)
-    checked = {str(SEQ): pytorch.compare(_run(model, golden), golden)}
+    checked = {str(SEQ): programs.compare(_run(model, golden), golden)}
     shared.fields.update(probes=probes, weights={})  # no program of a twin
     return pytorch.write_contract(
         shared,
@@ -137,7 +137,7 @@ def make_onnx(out: Path, seed: int) -> Path:
         evaluated,
         checked,
         mode="prefill",
-        file=pytorch.file_ref(out),
+        file=programs.file_ref(out),
         states=[],
         kv_layout=None,
         inputs=[TensorSpec("input_ids", [1, SEQ], "int32")],

@@ -2,8 +2,8 @@
 
 Layout (1, C, 1, S) with 1x1 convolutions, RMSNorm as the layer norm of [x, -x], attention per key-value head,
 static shapes, additive finite masks, RoPE tables and the embedding inside the graph
-(sources: apple/ml-ane-transformers; 0seba/coremlmodels RMSNORM_PATCHING). Prefill takes `input_ids` (1, S);
-decode takes one token and its `position` and keeps keys and values in one state.
+(sources: apple/ml-ane-transformers; 0seba/coremlmodels RMSNORM_PATCHING). `PrefillTwin` takes `input_ids` (1, S) and
+remembers nothing; `CachedTwin` takes them with their `position` and keeps keys and values in one state.
 
 Shapes: S tokens, D hidden, H query heads, K key-value heads, G = H / K, N head width, V vocabulary, C context.
 """
@@ -11,7 +11,7 @@ Shapes: S tokens, D hidden, H query heads, K key-value heads, G = H / K, N head 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -108,15 +108,15 @@ class TwinAttention(nn.Module):
         kv: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """Prefill: mask (1,1,S,S). Decode: S = 1, mask (1,1,1,C), `kv` written at `position`, then read."""
+        """Without a state: mask (1,1,S,S). With one: mask (1,1,S,C), `kv` written from `position` on, then read."""
         q, k, v = self.project(x, rope)
         if kv is None or position is None:
-            heads = self._prefill(q, k, v, mask)
+            heads = self._alone(q, k, v, mask)
         else:
-            heads = self._decode(q, k, v, mask, kv, position)
+            heads = self._cached(q, k, v, mask, kv, position)
         return self.o(torch.cat(heads, 1).reshape(1, self.n_heads * self.head_dim, 1, x.shape[3]))
 
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
+    def _alone(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
         heads = []
         for j in range(self.n_kv):
             q_j = q[:, j * self.group : (j + 1) * self.group]  # (1,G,N,S)
@@ -124,18 +124,20 @@ class TwinAttention(nn.Module):
             heads.append(torch.matmul(v[:, j : j + 1], weights.transpose(2, 3)))  # (1,G,N,S)
         return heads
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kv: Tensor, position: Tensor) -> list[Tensor]:
-        q = q.reshape(1, self.n_heads, 1, self.head_dim)
-        key_row, value_row = 2 * self.layer, 2 * self.layer + 1
-        shape = (1, self.n_kv, 1, self.head_dim)
-        kv[key_row : key_row + 1, :, position : position + 1, :] = k.reshape(shape)
-        kv[value_row : value_row + 1, :, position : position + 1, :] = v.reshape(shape)
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kv: Tensor, position: Tensor) -> list[Tensor]:
+        s, key_row, value_row = int(q.shape[3]), 2 * self.layer, 2 * self.layer + 1  # int: else tracing computes it
+        q = _positions_first(q)
+        kv[key_row : key_row + 1, :, position : position + s, :] = _positions_first(k)
+        kv[value_row : value_row + 1, :, position : position + s, :] = _positions_first(v)
         heads = []
         for j in range(self.n_kv):
-            q_j = q[:, j * self.group : (j + 1) * self.group]  # (1,G,1,N)
+            q_j = q[:, j * self.group : (j + 1) * self.group]  # (1,G,S,N)
             keys, values = kv[key_row : key_row + 1, j : j + 1], kv[value_row : value_row + 1, j : j + 1]  # (1,1,C,N)
-            weights = (torch.matmul(q_j, keys.transpose(2, 3)) + mask).softmax(-1)  # (1,G,1,C)
-            heads.append(torch.matmul(weights, values))
+            weights = (torch.matmul(q_j, keys.transpose(2, 3)) + mask).softmax(-1)  # (1,G,S,C)
+            if s == 1:
+                heads.append(torch.matmul(weights, values))  # (1,G,1,N)
+            else:
+                heads.append(torch.matmul(values.transpose(2, 3), weights.transpose(2, 3)))  # (1,G,N,S)
         return heads
 
 
@@ -177,7 +179,7 @@ class TwinBlock(nn.Module):
 
 
 class Twin(nn.Module):
-    """What prefill and decode share: embedding, blocks, final norm, head in slices."""
+    """What the twins share: embedding, blocks, final norm, head in slices."""
 
     def __init__(self, student: Student, *, copy: bool = False) -> None:
         """`copy` gives the twin weights of its own; else it shares the student's."""
@@ -234,31 +236,52 @@ class PrefillTwin(Twin):
         return self.logits(x)
 
 
-class DecodeTwin(Twin):
-    """`input_ids` (1,1), `position` (1,) int -> logits (1,1,V); keys and values in the state `kv` (2L,K,C,N)."""
+class CachedTwin(Twin):
+    """`input_ids` (1,S), `position` (1,) int of the first of them -> logits (1,S,V); keys and values in the state `kv`
+    (2L,K,C,N). S = 1 is decode; position + S must not exceed C.
+
+    A token sees the rows up to its own: what lies after them, or behind a chunk's last true token, counts for nothing
+    and may be overwritten.
+    """
 
     kv: Tensor
     steps: Tensor
+    offsets: Tensor
 
-    def __init__(self, student: Student, context: int, *, copy: bool = False) -> None:
+    def __init__(self, student: Student, context: int, seq: int = 1, *, copy: bool = False) -> None:
         super().__init__(student, copy=copy)
         config = student.config
+        self.seq = seq
         for name, table in Rope.of(config, torch.arange(context))._asdict().items():
             self.register_buffer(name, table)
         self.register_buffer("steps", torch.arange(context, dtype=torch.int32)[None, None, None])
+        self.register_buffer("offsets", torch.arange(seq, dtype=torch.int32))
         shape = (2 * config.num_hidden_layers, config.num_key_value_heads, context, config.head_dim)
         self.register_buffer("kv", torch.zeros(shape))
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        return self.logits(self.states(input_ids, position))
+
+    def states(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """What leaves the last block, (1,D,1,S)."""
         x = self.embed_tokens(input_ids)
-        rope = Rope(*(table[position].transpose(0, 1)[None, None] for table in self.rope()))  # (1,1,N,1)
-        allowed = self.steps <= position
+        at = position if self.seq == 1 else position + self.offsets  # (S,)
+        rope = Rope(*(table[at].transpose(0, 1)[None, None] for table in self.rope()))  # (1,1,N,S)
+        at = at if self.seq == 1 else at[None, None, :, None]
+        allowed = self.steps <= at  # (1,1,S,C)
         if self.config.sliding_window is not None:
-            allowed = allowed & (self.steps > position - self.config.sliding_window)
-        mask = torch.where(allowed, 0.0, MASKED)
+            allowed = allowed & (self.steps > at - self.config.sliding_window)
+        if self.seq == 1:
+            mask = torch.where(allowed, 0.0, MASKED)
+        else:
+            mask = (~allowed).to(x.dtype) * MASKED  # `where` would store both its values S x C times in every function
         for block in self.blocks():
-            x = block(x, rope, mask, self.kv, position[0])
-        return self.logits(x)
+            x = block(x, rope, mask, self.kv, self.first(position))
+        return x
+
+    def first(self, position: Tensor) -> Any:
+        """The first row of the state that is written: here a tensor, which tracing keeps."""
+        return position[0]
 
 
 def round_to_half(twin: M) -> M:
@@ -274,6 +297,11 @@ def round_to_half(twin: M) -> M:
         if isinstance(module, ChannelRMSNorm):
             module.eps = float(torch.tensor(module.eps).half())
     return twin
+
+
+def _positions_first(x: Tensor) -> Tensor:
+    """(1,X,N,S) -> (1,X,S,N); of one position a view, which converts to no transpose."""
+    return x.reshape(1, int(x.shape[1]), 1, int(x.shape[2])) if x.shape[3] == 1 else x.transpose(2, 3)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def parse_model(package: Package) -> Program:
     walker = _Walker(package)
     described = {function.name: function for function in description.functions}
     functions = {}
-    for name, proto in model.mlProgram.functions.items():
+    for name, proto in sorted(model.mlProgram.functions.items()):
         # a multifunction package describes each function; another describes its only one at the top
         if described and name not in described:
             raise PackageError(f"{package.path}: the model description lacks function {clip(name)}")
@@ -176,7 +176,7 @@ class _Walker:
             raise self.fail(place, "an operation without a type")
         inputs = {
             self.name(k, place): [self.binding(b, k, scope, place) for b in a.arguments]
-            for k, a in proto.inputs.items()
+            for k, a in sorted(proto.inputs.items())  # a protobuf map has an order of its own in each process
         }
         blocks = [self.nested(b, scope, place) for b in proto.blocks]
         outputs = [self.named(o, place) for o in proto.outputs]

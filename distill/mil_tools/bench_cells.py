@@ -62,7 +62,7 @@ def _functions(ct: Any, student: Student) -> Iterator[tuple[str, Any]]:
     """(name, converted model) of each function."""
     import numpy as np
 
-    from distill.export.twin import DecodeTwin, PrefillTwin
+    from distill.export.twin import CachedTwin, PrefillTwin
 
     def convert(twin: torch.nn.Module, shapes: dict[str, tuple[int, ...]], states: Any = None) -> Any:
         example = tuple(torch.zeros(shape, dtype=torch.int32) for shape in shapes.values())
@@ -81,7 +81,7 @@ def _functions(ct: Any, student: Student) -> Iterator[tuple[str, Any]]:
     with torch.no_grad():
         for length in LENGTHS:
             yield f"prefill_{length}", convert(PrefillTwin(student, length), {"input_ids": (1, length)})
-        twin = DecodeTwin(student, CONTEXT)
+        twin = CachedTwin(student, CONTEXT)
         kv = ct.StateType(wrapped_type=ct.TensorType(shape=tuple(twin.kv.shape), dtype=np.float16), name="kv")
         yield "decode", convert(twin, {"input_ids": (1, 1), "position": (1,)}, [kv])
 

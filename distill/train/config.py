@@ -9,6 +9,7 @@ import msgspec
 
 from distill.artifacts import canonical_json, sha256_text
 from distill.config import as_dict
+from distill.formats import Formats
 from distill.model import ModelConfig
 from distill.train.divergences import Divergence, Kind
 from distill.train.sampling import OnPolicy
@@ -22,16 +23,27 @@ class InitSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     from_pretrained: str | None = None
     """Hugging Face folder (config.json, model.safetensors, tokenizer.json)."""
-    checkpoint: str | None = None
-    """A checkpoint of this project."""
+    checkpoint: str | list[str] | None = None
+    """A checkpoint of this project; of several, the first that is there."""
     keep_layers: int | list[int] | None = None
     """Layers taken over from it: their indices, or how many, evenly spaced with the first and the last kept."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, list):
+            if not self.checkpoint:
+                raise ValueError("init.checkpoint: the list is empty")
+            there = (path for path in self.checkpoint if Path(path).is_file())
+            msgspec.structs.force_setattr(self, "checkpoint", next(there, self.checkpoint[-1]))
         if self.from_pretrained and self.checkpoint:
             raise ValueError("init: give from_pretrained or checkpoint, not both")
         if self.keep_layers is not None and not (self.from_pretrained or self.checkpoint):
             raise ValueError("init.keep_layers needs from_pretrained or checkpoint")
+
+    @property
+    def trained(self) -> str | None:
+        """The checkpoint that a run starts from."""
+        assert not isinstance(self.checkpoint, list)  # one was chosen
+        return self.checkpoint
 
 
 class LossWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,6 +185,23 @@ class LoraSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"lora.targets must name layers, each once, not {self.targets}")
 
 
+class QuantisationSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Train through the weights that the device will compute with (distill/train/fake_quantisation.py)."""
+
+    formats: Formats
+    """Of blocks, embedding and head (distill/formats.py): what is exported and converted is stored so."""
+    calibration_records: int = 32
+    """Training sequences, evenly spaced, whose inputs say how much each input channel counts when scales and palettes
+    are found; 0: all count alike."""
+    refit_every: int = 20
+    """Steps after which scales and palettes follow the weights; 0: they stay as they were found."""
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_records", "refit_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"quantisation.{name} must be at least 0, not {getattr(self, name)}")
+
+
 class ExportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Read by the export stage."""
 
@@ -201,13 +230,16 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Learn from the student's own answers too; needs `teacher`."""
     lora: LoraSection | None = None
     """Train low-rank adapters, merged when written (pip install 'distill[scale]'); None: every weight trains."""
+    quantisation: QuantisationSection | None = None
+    """Train in the weight formats of the device (the stage `qat`); None: fp32."""
     tokenizer: str | None = None
     """`toy` or a tokenizer.json; None: the one beside init's weights."""
 
     epochs: int = 1
     """Passes over the data."""
     max_steps: int | None = None
-    """Stop after so many steps. The schedule ends there too: another number is another run."""
+    """Stop after so many steps. The schedule ends there too: another number is another run. 0, with `quantisation`: no
+    training, its formats alone."""
     token_budget: int | None = None
     """Stop after the step that reaches so many tokens, prompts included, padding not."""
     max_length: int = 512
@@ -285,9 +317,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("epochs", "max_length", "batch_size", "accumulation", "eval_records", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "token_budget"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, least in (("max_steps", 0 if self.quantisation else 1), ("token_budget", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         for name in ("weight_decay", "grad_clip", "threads", "save_every", "eval_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
@@ -308,6 +340,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("model: needed where init gives no weights")
         if self.model is not None and self.init.keep_layers is not None:
             raise ValueError("model: leave it out where init.keep_layers cuts a model down")
+        if self.quantisation is not None and self.lora is not None:
+            raise ValueError("quantisation with lora: adapters are merged when written, and would leave the formats")
         self.stages()  # its own rules
         Divergence(self.divergence, self.mix, self.temperature).require_valid()
         if self.teacher is not None and self.teacher.target != "dense" and self.temperature != 1.0:
@@ -335,7 +369,7 @@ def _require_paths(config: TrainConfig) -> None:
     """ValueError where a path holds what no path does, and what would break the line that names it."""
     paths = {"data": config.data, "tokenizer": config.tokenizer, "checkpoints": config.checkpoints, "out": config.out,
              "runs": config.runs, "init.from_pretrained": config.init.from_pretrained,
-             "init.checkpoint": config.init.checkpoint}  # fmt: skip
+             "init.checkpoint": config.init.trained}  # fmt: skip
     if config.teacher is not None:
         paths |= {"teacher.folder": config.teacher.folder, "teacher.url": config.teacher.url}
     for name, value in paths.items():

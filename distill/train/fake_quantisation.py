@@ -43,7 +43,8 @@ class FakeQuantised:
         formats.require_fits(student)
         self._weights = dict(student.named_parameters())
         self._formats = {name: formats.of(name, weight.ndim) for name, weight in self._weights.items()}
-        self._importance = importance or {}
+        self.importance = importance or {}
+        """Of input channels, by parameter; those left out count alike."""
         for name, weight in self._weights.items():
             if weight.dtype != torch.float32:
                 raise ConfigError(f"{name}: fake quantisation needs weights in fp32, not {weight.dtype}")
@@ -53,7 +54,7 @@ class FakeQuantised:
         """By parameter, fp16. With the weights, all that an exact resume needs."""
 
     def _fit(self, name: str, start: Tensor | None) -> Tensor:
-        return fit(self._weights[name], self._formats[name], self._importance.get(name), start)
+        return fit(self._weights[name], self._formats[name], self.importance.get(name), start)
 
     def refit(self) -> None:
         """Scales anew from the present weights; palettes one step of k-means on. Between optimiser steps."""

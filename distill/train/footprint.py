@@ -148,6 +148,9 @@ def _weight_rows(case: Case) -> dict[str, Row]:
         rows["snapshot"] = Row(_snapshot(case), "weights and moments, while a checkpoint is written", always)
         if _merged(case):
             rows["merged"] = Row(_merged(case), "weights with what adapters add", (SAVING,))
+    if config.quantisation is not None:
+        rows["weights aside"] = Row(4 * n, "those that train, while the deployed ones are in their place",
+                                    (*_STEP, EVALUATION, GENERATION))  # fmt: skip
     if case.bf16:
         all_blocks = 2 * case.matrices * case.model.num_hidden_layers
         again = config.gradient_checkpointing

@@ -28,11 +28,11 @@ def build(config: TrainConfig) -> Start:
     init = config.init
     lineage: list[dict[str, Any]] = []
     tokenizer: Tokenizer | None = named_tokenizer(config)
-    if init.checkpoint:
-        found = checkpoint.load(init.checkpoint)
+    if path := init.trained:
+        found = checkpoint.load(path)
         student, lineage = found.student, found.lineage
         if tokenizer is not None and tokenizer.sha256 != found.tokenizer.sha256:
-            raise ConfigError(f"tokenizer {tokenizer.source} is not the one of {init.checkpoint}")
+            raise ConfigError(f"tokenizer {tokenizer.source} is not the one of {path}")
         tokenizer = found.tokenizer
     elif init.from_pretrained:
         student = pretrained.from_pretrained(init.from_pretrained)
@@ -42,7 +42,7 @@ def build(config: TrainConfig) -> Start:
             raise ConfigError("model and tokenizer (`toy` or a tokenizer.json) are needed where init gives no weights")
         student = Student(config.model).init_weights(config.seed)
     if config.model is not None and config.model != student.config:
-        raise ConfigError(f"model: differs from that of {init.checkpoint or init.from_pretrained}; leave it out")
+        raise ConfigError(f"model: differs from that of {path or init.from_pretrained}; leave it out")
     if init.keep_layers is not None:
         student = keep_layers(student, layers_kept(init, student.config.num_hidden_layers))
     tokenizer.require_fits(student.config.vocab_size, "model")

@@ -20,8 +20,9 @@ def load_config(path: str, max_steps: int | None = None) -> TrainConfig:
     """Read a training configuration; `max_steps` replaces its own."""
     data = load_yaml(path)
     if max_steps is not None:
-        if max_steps < 1:
-            raise InputError(f"--max-steps must be at least 1, not {max_steps}")
+        least = 0 if isinstance(data, dict) and data.get("quantisation") else 1
+        if max_steps < least:
+            raise InputError(f"--max-steps must be at least {least}, not {max_steps}")
         data["max_steps"] = max_steps
     return build(data, TrainConfig, path)
 

@@ -28,10 +28,11 @@ from distill.train import evaluation, resume
 from distill.train.background import Writer, ahead
 from distill.train.config import TrainConfig
 from distill.train.distributed import open_world
+from distill.train.fake_quantisation import FakeQuantised
 from distill.train.monitor import Monitor, StepLog, say
 from distill.train.objective import COMPONENTS, Sums
 from distill.train.optimiser import make_optimiser, set_learning_rate
-from distill.train.prepare import Run, State, describe, device_of, prepare
+from distill.train.prepare import Run, State, describe, device_of, fake_quantised, prepare
 from distill.train.sampling import own_answers
 from distill.train.served import ServedTeacher
 from distill.train.sharded import full, local, trained
@@ -75,10 +76,11 @@ def _trained(it: Run, config: TrainConfig, restart: bool, console: Console) -> R
         optimiser = make_optimiser(it.model.train(), config)
         say(console, describe(it))
         torch.manual_seed(config.seed)
-        state = State(0, math.inf, math.inf, 0, {})
+        state = State(0, math.inf, math.inf, 0, {}, {})
         if (stopped := resume.find(it, lambda text: say(console, text))) is not None:
             state = resume.restore(it, optimiser, stopped)
             say(console, f"continuing {it.final} at step {state.step} of {len(it.steps)}")
+        fake = fake_quantised(it, stopped[0] if stopped else None)
         tracked = config.tracker if it.world.first else "none"
         tracker = open_tracker(tracked, folder, config.stage, it.mark[:12], state.step)
         with (
@@ -86,7 +88,7 @@ def _trained(it: Run, config: TrainConfig, restart: bool, console: Console) -> R
             Writer() as writer,
             _stop_signals() as stop,
         ):
-            return _train(_Work(it, optimiser, monitor, writer, stop), state)
+            return _train(_Work(it, optimiser, monitor, writer, stop, fake), state)
 
 
 def _already(it: Run, restart: bool) -> dict[str, Any] | None:
@@ -108,14 +110,19 @@ class _Work(NamedTuple):
     writer: Writer
     stop: list[int]
     """Signals that came."""
+    fake: FakeQuantised | None
+    """The weights as deployed, where training goes through them."""
+
+    def deployed(self) -> contextlib.AbstractContextManager[None]:
+        """What is computed in here is computed with the weights that the device will have."""
+        return contextlib.nullcontext() if self.fake is None else self.fake.applied()
 
 
 def _train(work: _Work, state: State) -> Report:
     it, c, monitor = work.it, work.it.config, work.monitor
     _require_finite(work, state)
     if not state.step:
-        state = state._replace(before=_evaluate(work, state))
-        _say_held_out(monitor, "before", state.before)
+        state = _before(work, state)
     monitor.begin(state.step)
     numbers = range(state.step, len(it.steps))
     with ahead(lambda number: _read(it, number), numbers) as windows:
@@ -130,12 +137,25 @@ def _train(work: _Work, state: State) -> Report:
                 _save(work, state)
     speed = monitor.tokens_per_second
     _require_finite(work, state)
-    after = _evaluate(work, state)
+    after = _evaluate(work, state) if it.steps else state.before
+    if not it.steps:
+        loss = sum(weight * after.get(name, 0.0) for name, weight in it.weights.items())
+        state = state._replace(first_loss=loss, loss=loss)
     work.writer.wait()
     _say_held_out(monitor, "after", after)
     student = it.whole(keep=it.world.first, device=torch.device("cpu"))
-    report = it.world.from_first(lambda: resume.finish(it, student, state, after, speed))
+    report = it.world.from_first(lambda: resume.finish(it, student, state, after, speed, work.fake))
     return Report(it.final, report, False)
+
+
+def _before(work: _Work, state: State) -> State:
+    """The held-out values at the start."""
+    if work.fake is not None:
+        state = state._replace(unquantised=_evaluate(work._replace(fake=None), state))
+        _say_held_out(work.monitor, "in fp32", state.unquantised)
+    state = state._replace(before=_evaluate(work, state))
+    _say_held_out(work.monitor, "before", state.before)
+    return state
 
 
 def _read(it: Run, number: int) -> list[Batch]:
@@ -163,17 +183,23 @@ def _step(work: _Work, state: State, windows: Iterator[list[Batch]]) -> State:
     asked = time.monotonic()
     window = next(windows)
     waited = time.monotonic() - asked
-    window = [batch.to(it.device) for batch in window + _own(it, number)]
-    sums = gradients(it.model, window, it.objective, it.world)
+    with work.deployed():
+        window = [batch.to(it.device) for batch in window + _own(it, number)]
+        sums = gradients(it.model, window, it.objective, it.world)
     norm = float(full(torch.nn.utils.clip_grad_norm_(it.model.parameters(), c.grad_clip or math.inf)))
     loss = sums.total(it.weights)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise _not_finite(it, number + 1, window, sums, loss, norm)
     work.optimiser.step()
     work.optimiser.zero_grad(set_to_none=True)
+    every = c.quantisation.refit_every if c.quantisation else 0
+    # not after the last one: the weights have learned with the tables that they leave with
+    if work.fake is not None and every and (number + 1) % every == 0 and number + 1 < len(it.steps):
+        work.fake.refit()
     tokens = sum(it.world.gather(sum(batch.tokens for batch in window)))
     work.monitor.step(number + 1, loss, tokens, {**sums.shown, "grad_norm": norm, "lr": lr}, waited)
-    return State(number + 1, state.first_loss if number else loss, loss, state.tokens + tokens, state.before)
+    first = state.first_loss if number else loss
+    return state._replace(step=number + 1, first_loss=first, loss=loss, tokens=state.tokens + tokens)
 
 
 def _evaluate(work: _Work, state: State) -> dict[str, float]:
@@ -183,8 +209,9 @@ def _evaluate(work: _Work, state: State) -> dict[str, float]:
     """
     stop = work.stop if work.it.world.size == 1 else []  # several go through it together, to its end
     try:
-        sums = evaluation.held_out(work.it, stop)
-        texts = evaluation.samples(work.it, stop) if work.it.config.tracker != "none" else {}
+        with work.deployed():
+            sums = evaluation.held_out(work.it, stop)
+            texts = evaluation.samples(work.it, stop) if work.it.config.tracker != "none" else {}
     except evaluation.Interrupted:
         _pause(work, state)
     for name, value in sums.means.items():
@@ -203,7 +230,7 @@ def _save(work: _Work, state: State) -> None:
         work.it.world.gather(None)  # the one before it is whole
         resume.thin(work.it, state.step)
     work.monitor.sync()
-    data = resume.snapshot(work.it, work.optimiser, state)
+    data = resume.snapshot(work.it, work.optimiser, state, work.fake)
     work.writer.start(lambda: resume.write(work.it, data))
 
 

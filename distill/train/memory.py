@@ -171,8 +171,8 @@ def model_config(config: TrainConfig) -> ModelConfig:
     init = config.init
     if init.from_pretrained:
         model = model_of(init.from_pretrained)
-    elif init.checkpoint:
-        model = checkpoint.load(init.checkpoint).student.config
+    elif init.trained:
+        model = checkpoint.load(init.trained).student.config
     else:
         assert config.model is not None  # TrainConfig's own rule
         model = config.model

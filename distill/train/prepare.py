@@ -21,6 +21,7 @@ from distill.train.alignment import AlignedTeacher
 from distill.train.config import TrainConfig, fingerprint, identity
 from distill.train.distributed import ALONE, World, local_device
 from distill.train.divergences import Divergence
+from distill.train.fake_quantisation import FakeQuantised, input_moments
 from distill.train.objective import COMPONENTS, Objective
 from distill.train.sampling import OnPolicy
 from distill.train.served import ServedTeacher
@@ -96,6 +97,8 @@ class State(NamedTuple):
     loss: float
     tokens: int
     before: dict[str, float]
+    unquantised: dict[str, float]
+    """The same of the weights as they were, where training goes through others."""
 
 
 def prepare(config: TrainConfig, world: World = ALONE) -> Run:
@@ -104,6 +107,8 @@ def prepare(config: TrainConfig, world: World = ALONE) -> Run:
     ConfigError where there is nothing to learn from.
     """
     require_device(config)
+    if config.quantisation is not None and world.size > 1:
+        raise ConfigError("quantisation: one process trains; a palette or a scale would lie in several shards")
     dataset = Dataset.open(config.data)
     start, first, weights_sha256 = _first_weights(config, world)
     longest = config.stages()[-1].max_length
@@ -182,6 +187,21 @@ def _teacher(config: TrainConfig, start: init.Start, device: torch.device) -> Te
     return OnlineTeacher(config.teacher, start.tokenizer, device, config.seed, config.dtype)
 
 
+def fake_quantised(it: Run, saved: dict[str, Any] | None) -> FakeQuantised | None:
+    """The weights that the device will compute with, of a run that begins, or that goes on from a checkpoint."""
+    section = it.config.quantisation
+    if section is None:
+        return None
+    student = it.whole()
+    if saved is not None:
+        parts = saved["resume"].get("importance", {}), saved.get("tables", {})
+        importance, tables = ({name: value.to(it.device) for name, value in part.items()} for part in parts)
+        return FakeQuantised(student, section.formats, importance, tables)
+    n = min(section.calibration_records, len(it.train))
+    chosen = (it.train.batch([i * len(it.train) // n]).ids_T[None].to(it.device) for i in range(n))
+    return FakeQuantised(student, section.formats, input_moments(student, chosen) if n else {})
+
+
 def describe(it: Run) -> str:
     """What is about to be trained, in a few lines; what is absent is named."""
     c, carried = it.config, it.train.carried
@@ -197,6 +217,9 @@ def describe(it: Run) -> str:
         lines.append(f"lora: rank {c.lora.rank} on {', '.join(c.lora.targets)}: {trained:,} parameters train")
     if c.optimiser == "adamw8bit":
         lines.append("adamw8bit: the first step compiles, some seconds for each shape of parameter")
+    if c.quantisation is not None:
+        lines.append(f"weights as deployed: {c.quantisation.formats}; scales and palettes from "
+                     f"{min(c.quantisation.calibration_records, len(it.train))} sequences")  # fmt: skip
     if it.teacher is not None:
         lines.append(f"kl_div: {it.teacher}")
         if c.on_policy is not None:

@@ -21,9 +21,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def require_checkpoint(config: TrainConfig) -> None:
     """ConfigError unless the run starts from a checkpoint that is there and that it does not write over."""
-    start = config.init.checkpoint
+    start = config.init.trained
     if start is None:
-        raise ConfigError("init.checkpoint: process supervision starts from a trained checkpoint; give one")
+        raise ConfigError(f"init.checkpoint: stage {config.stage!r} starts from a trained checkpoint; give one")
     if not Path(start).is_file():
         raise ConfigError(f"{start}: no such checkpoint; `make worker` trains the one to start from")
     if config.final.resolve() == Path(start).resolve():

@@ -22,6 +22,7 @@ from distill.config import as_dict
 from distill.errors import CheckpointError, ConfigError, InputError
 from distill.model import Student
 from distill.train.adapters import adapters, plain
+from distill.train.fake_quantisation import FakeQuantised
 from distill.train.optimiser import optimiser_state, restore_optimiser
 from distill.train.prepare import Run, State
 from distill.train.sharded import Sharded, local, rows, trained
@@ -151,7 +152,7 @@ def _remove(paths: Iterable[Path]) -> None:
         checkpoint.seal_of(path).unlink(missing_ok=True)
 
 
-def snapshot(it: Run, optimiser: torch.optim.Optimizer, state: State) -> dict[str, Any]:
+def snapshot(it: Run, optimiser: torch.optim.Optimizer, state: State, fake: FakeQuantised | None) -> dict[str, Any]:
     """A resumable checkpoint of this moment, on the CPU: what training changes next does not change it. Of several
     processes, this one's part."""
     resume = {
@@ -162,15 +163,26 @@ def snapshot(it: Run, optimiser: torch.optim.Optimizer, state: State) -> dict[st
         "tokens": state.tokens,
         "first_loss": state.first_loss,
         "before": state.before,
+        "unquantised": state.unquantised,
     }
     if isinstance(it.model, Sharded):
         data: dict[str, Any] = {"step": state.step, "loss": state.loss, "part": list(it.world),
                                 "model": trained(it.model), "resume": resume}  # fmt: skip
     else:
         resume["adapters"] = adapters(it.model)
+        if fake is not None:
+            resume["importance"] = fake.importance
         data = checkpoint.contents(plain(it.model), it.start.tokenizer, step=state.step, loss=state.loss,
-                                   stage=it.config.stage, lineage=_lineage(it, state), resume=resume)  # fmt: skip
+                                   stage=it.config.stage, lineage=_lineage(it, state), resume=resume,
+                                   **_formats(it, fake))  # fmt: skip
     return _copied(data)
+
+
+def _formats(it: Run, fake: FakeQuantised | None) -> dict[str, Any]:
+    """What a checkpoint holds of the weights as deployed."""
+    if fake is None or it.config.quantisation is None:
+        return {}
+    return {"formats": it.config.quantisation.formats, "tables": fake.tables}
 
 
 def _copied(value: Any) -> Any:
@@ -218,8 +230,9 @@ def restore(it: Run, optimiser: torch.optim.Optimizer, parts: list[dict[str, Any
         step, loss = int(parts[0]["step"]), float(parts[0]["loss"])
         if not 0 < step <= len(it.steps):
             raise ValueError(f"step {step} of {len(it.steps)}")
-        before = {str(name): float(value) for name, value in resume["before"].items()}
-        return State(step, float(resume["first_loss"]), loss, int(resume["tokens"]), before)
+        before, unquantised = ({str(name): float(value) for name, value in resume.get(key, {}).items()}
+                               for key in ("before", "unquantised"))  # fmt: skip
+        return State(step, float(resume["first_loss"]), loss, int(resume["tokens"]), before, unquantised)
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{it.final}: its run cannot be continued: {reason}; --restart trains anew") from error
@@ -249,7 +262,9 @@ def _latest(it: Run) -> Path:
     return it.final.with_name("latest.pt")
 
 
-def finish(it: Run, student: Student, state: State, after: dict[str, float], speed: float) -> dict[str, Any]:
+def finish(
+    it: Run, student: Student, state: State, after: dict[str, float], speed: float, fake: FakeQuantised | None = None
+) -> dict[str, Any]:
     """Write latest.pt, the report and, last, the stage's checkpoint; drop the resumable ones. Returns the report."""
     c = it.config
     report = _report(it, state, after)
@@ -265,7 +280,8 @@ def finish(it: Run, student: Student, state: State, after: dict[str, float], spe
 
     data = checkpoint.contents(plain(student), it.start.tokenizer, step=state.step, loss=state.loss,
                                stage=c.stage, lineage=_lineage(it, state), provenance=made,
-                               resume={"fingerprint": it.mark, "made_of": it.made_of, "report": report})  # fmt: skip
+                               resume={"fingerprint": it.mark, "made_of": it.made_of, "report": report},
+                               **_formats(it, fake))  # fmt: skip
     checkpoint.write(it.final, data, beside=beside)
     drop(it)
     return report
@@ -273,6 +289,9 @@ def finish(it: Run, student: Student, state: State, after: dict[str, float], spe
 
 def _report(it: Run, state: State, after: dict[str, float]) -> dict[str, Any]:
     c = it.config
+    held_out = {"records": len({e.record for e in it.val.items}), "target_tokens": it.val.carried}
+    if c.quantisation is not None:
+        held_out["unquantised"] = state.unquantised
     return {
         "stage": c.stage,
         "fingerprint": it.mark,
@@ -284,7 +303,6 @@ def _report(it: Run, state: State, after: dict[str, float]) -> dict[str, Any]:
         "sequences": len(it.train),
         "too_long": it.train.too_long,
         "loss_weights": it.weights,
-        "held_out": {"records": len({e.record for e in it.val.items}), "target_tokens": it.val.carried,
-                     "before": state.before, "after": after},
+        "held_out": held_out | {"before": state.before, "after": after},
         "absent": [name for name, weight in as_dict(c.loss_weights).items() if weight and name not in it.weights],
     }  # fmt: skip

@@ -146,7 +146,7 @@ class FunctionView:
         """Which operations read each value."""
         uses: dict[str, list[Operation]] = {}
         for op in self.operations:
-            for name in {b for bindings in op.inputs.values() for b in bindings if isinstance(b, str)}:
+            for name in sorted({b for bindings in op.inputs.values() for b in bindings if isinstance(b, str)}):
                 uses.setdefault(name, []).append(op)
         return uses
 

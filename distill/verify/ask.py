@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
+        if runner.stopped not in ("stop token", "length"):
+            print(f"stopped: {runner.stopped}", file=sys.stderr)
         answers.append({"question": question, "answer": "".join(pieces)})
     if args.out is not None:
         write_json(args.out, answers)

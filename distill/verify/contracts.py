@@ -19,7 +19,7 @@ from distill.convert.package import PLACEHOLDER, SPEC_FILE, WEIGHT_FILE
 from distill.errors import DistillError, InputError, PackageError, Skipped, stage_main
 from distill.export.tolerance import tolerance_factor
 from distill.gates import Gate
-from distill.verify import decoding, integrity, native, parity
+from distill.verify import decoding, generator, in_use, integrity, native, outputs, parity
 from distill.verify.runner import PackageRunner
 
 GATES = (
@@ -42,10 +42,10 @@ GATES = (
     "core_ml",
 )
 """In order. A gate that an earlier failure makes impossible fails with that reason."""
+GENERATOR_GATES = (*GATES, "weights_shared", "use_tokens", "use_kv", "use_chunks", "use_conversations", "use_limit")
+"""Of a package that generates, with several functions over one state."""
 EXECUTOR = "distill.mil"
 TOOL_F1 = 0.9
-MAX_GAIN = 8.0
-"""A model that amplifies rounding more than this has a derived error too wide to say anything."""
 
 
 class ContractsConfig(NamedTuple):
@@ -57,7 +57,7 @@ class ContractsConfig(NamedTuple):
     report: Path | None = None
 
 
-class _Check:
+class Check:
     """The gates of one package, filled in order; what one finds is at hand for the next."""
 
     def __init__(self, config: ContractsConfig) -> None:
@@ -66,7 +66,15 @@ class _Check:
         self.details: dict[str, Any] = {}
         self.runner: PackageRunner | None = None
         self.golden: dict[str, np.ndarray] = {}
+        self.session: generator.Session | None = None
+        """Of a generator."""
         self.logits: dict[str, np.ndarray] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the gates of this package, in order."""
+        generates = self.runner is not None and self.runner.contract.mode == "generator"
+        return GENERATOR_GATES if generates else GATES
 
     def gate(self, name: str, check: Callable[[], Gate]) -> bool:
         """Record a gate; what it checks may raise, and then it fails with that reason."""
@@ -80,7 +88,7 @@ class _Check:
 
     def give_up(self, reason: str) -> None:
         """Fail what has not been checked."""
-        for name in GATES:
+        for name in self.names:
             self.gates.setdefault(name, gates.failed(f"not reached: {reason}"))
 
 
@@ -88,7 +96,7 @@ def run(config: ContractsConfig) -> dict[str, Any]:
     """Verify a package; returns the report. InputError if it is missing or is not of length `seq`."""
     if not config.model.is_dir():
         raise InputError(f"{config.model}: no such package")
-    check = _Check(config)
+    check = Check(config)
     if (config.model / PLACEHOLDER).is_file():
         reason = f"{config.model} is a placeholder package"
         check.gates = {name: gates.skipped(reason) for name in GATES}
@@ -97,7 +105,7 @@ def run(config: ContractsConfig) -> dict[str, Any]:
     report = {
         "schema": "distill-contracts/1",
         "package": config.model.name,
-        "gates": gates.to_json({name: check.gates[name] for name in GATES}),
+        "gates": gates.to_json({name: check.gates[name] for name in check.names}),
         "counts": gates.count(check.gates),
         "details": check.details,
         "made_by": provenance(
@@ -114,7 +122,7 @@ def run(config: ContractsConfig) -> dict[str, Any]:
     return report
 
 
-def _check_all(check: _Check) -> None:
+def _check_all(check: Check) -> None:
     config = check.config
 
     def load() -> Gate:
@@ -135,22 +143,34 @@ def _check_all(check: _Check) -> None:
     if not check.gate("interface", lambda: integrity.interface_gate(runner)):
         check.give_up("the interface is not the contract's")
         return
+    if contract.mode == "generator":
+        if not generator.check_functions(check, runner):
+            return
+    elif not _check_program(check, runner):
+        return
+    _check_decoding(check, runner)
+    check.gate("ane_eligibility", lambda: _ane(check, runner))
+    check.gate("core_ml", lambda: native.parity_gate(config.model, contract, check.golden))
+    if contract.mode == "generator":
+        in_use.check_use(check, runner)
+
+
+def _check_program(check: Check, runner: PackageRunner) -> bool:
+    """The gates of a package's one program; False where it does not run."""
     if not check.gate("shapes_run", lambda: _shapes(check, runner)):
         check.give_up("a shape does not run")
-        return
+        return False
     found = check.logits["ieee16"]
-    check.gate("outputs_finite", lambda: _finite(found))
-    check.gate("outputs_vary", lambda: _vary(found))
+    check.gate("outputs_finite", lambda: outputs.finite(found))
+    check.gate("outputs_vary", lambda: outputs.vary(found))
     check.gate("parity_exact", lambda: _parity(check, runner, "fp32"))
     check.gate("parity_fp16", lambda: _parity(check, runner, "ieee16"))
     check.gate("state", lambda: _state(check, runner))
     check.gate("named_points", lambda: _points(check, runner))
-    _check_decoding(check, runner)
-    check.gate("ane_eligibility", lambda: _ane(check, runner))
-    check.gate("core_ml", lambda: native.parity_gate(config.model, contract, check.golden))
+    return True
 
 
-def _shapes(check: _Check, runner: PackageRunner) -> Gate:
+def _shapes(check: Check, runner: PackageRunner) -> Gate:
     """Every shape of the contract runs, on the golden inputs."""
     contract = runner.contract
     if contract.mode != "decode" and contract.enumerated_T != [contract.sequence()]:
@@ -165,25 +185,7 @@ def _shapes(check: _Check, runner: PackageRunner) -> Gate:
     return gates.holds(True, observed=contract.enumerated_T, backend=EXECUTOR)
 
 
-def _finite(logits: np.ndarray) -> Gate:
-    bad = int(np.count_nonzero(~np.isfinite(logits)))
-    return gates.at_most(bad, 0, backend=EXECUTOR, reason=f"{bad} of {logits.size} values" if bad else None)
-
-
-def _vary(logits: np.ndarray) -> Gate:
-    """Neither constant over the vocabulary at any position, nor equal at all positions."""
-    over_vocab = float(np.min(np.ptp(logits, axis=-1)))
-    over_positions = float(np.ptp(logits, axis=1).max()) if logits.shape[1] > 1 else over_vocab
-    ok = over_vocab > 0 and over_positions > 0
-    return gates.holds(
-        ok,
-        observed=min(over_vocab, over_positions),
-        backend=EXECUTOR,
-        reason=None if ok else "the output does not depend on the input",
-    )
-
-
-def _parity(check: _Check, runner: PackageRunner, policy: str) -> Gate:
+def _parity(check: Check, runner: PackageRunner, policy: str) -> Gate:
     golden, contract = check.golden, runner.contract
     tolerance = golden["fp16_sigma"] * tolerance_factor(golden["logits"].shape[-1])
     reference = golden["logits_half" if policy == "fp32" else "logits"]
@@ -209,8 +211,10 @@ def _parity(check: _Check, runner: PackageRunner, policy: str) -> Gate:
         f"share of the derived fp16 error; max {result.max_error:.3g}, KL {result.kl:.2e}, top-1 {result.top1:.1%}, "
         f"gain {contract.fp16_gain:.2f}"
     )
-    if contract.fp16_gain > MAX_GAIN:
-        return Gate("inconclusive", _plain(result.sigmas), 1.0, f"{EXECUTOR} ieee16", f"{reason}, above {MAX_GAIN:g}")
+    if contract.fp16_gain > generator.MAX_GAIN:
+        return Gate(
+            "inconclusive", _plain(result.sigmas), 1.0, f"{EXECUTOR} ieee16", f"{reason}, above {generator.MAX_GAIN:g}"
+        )
     return gates.at_most(result.sigmas, 1.0, backend=f"{EXECUTOR} ieee16", reason=reason)
 
 
@@ -220,7 +224,7 @@ def _wrong_weights(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str 
     return parity.wrong_embedding(runner, golden) or parity.wrong_weights(runner)
 
 
-def _state(check: _Check, runner: PackageRunner) -> Gate:
+def _state(check: Check, runner: PackageRunner) -> Gate:
     """After the golden steps the state holds the reference's keys and values, and the unused rest is untouched."""
     if not runner.contract.states:
         return gates.skipped("the program keeps no state")
@@ -251,7 +255,7 @@ def _state(check: _Check, runner: PackageRunner) -> Gate:
     )
 
 
-def _points(check: _Check, runner: PackageRunner) -> Gate:
+def _points(check: Check, runner: PackageRunner) -> Gate:
     expected = {k.removeprefix("probe."): v for k, v in check.golden.items() if k.startswith("probe.")}
     if not expected:
         if runner.contract.mode == "prefill" and any("." in name for name in runner.contract.probes):
@@ -263,7 +267,7 @@ def _points(check: _Check, runner: PackageRunner) -> Gate:
     return parity.points_gate(points, runner.contract)[1]
 
 
-def _check_decoding(check: _Check, runner: PackageRunner) -> None:
+def _check_decoding(check: Check, runner: PackageRunner) -> None:
     results: list[decoding.Decoded] = []
 
     def greedy() -> Gate:
@@ -273,7 +277,7 @@ def _check_decoding(check: _Check, runner: PackageRunner) -> None:
         evaluation = read_json(runner.sidecar("evaluation"))
         sigma = check.golden["fp16_sigma"]
         # prompts may lie somewhat further from zero than the goldens, not many times as far
-        largest = 4 * float(sigma.max()) * tolerance_factor(check.golden["logits"].shape[-1])
+        largest = 4 * float(sigma.max()) * tolerance_factor(contract.model_config.vocab_size)
         results.extend(decoding.decode_all(runner, evaluation, largest))
         if len(results) != contract.evaluation_items:
             raise PackageError(f"{len(results)} evaluation prompts, the export had {contract.evaluation_items}")
@@ -293,11 +297,11 @@ def _check_decoding(check: _Check, runner: PackageRunner) -> None:
     check.gate("tool_span_f1", f1)
 
 
-def _ane(check: _Check, runner: PackageRunner) -> Gate:
+def _ane(check: Check, runner: PackageRunner) -> Gate:
     from distill.verify import ane
 
     report = ane.lint(runner.program)
-    check.details["ane_eligibility"] = report.to_json()
+    check.details["ane_eligibility"] = report.to_json() | {"model": runner.path.name}
     errors = [finding for finding in report.findings if finding.severity == "error"]
     return gates.holds(
         not errors,

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from distill import gates
 from distill.artifacts import sha256_file
-from distill.contract import SIDECAR_NAMES, Contract, TensorSpec, read_contract
+from distill.contract import SIDECAR_NAMES, WITH_STATE, Contract, TensorSpec, read_contract
+from distill.contract import Function as Promised
 from distill.convert.package import SPEC_FILE, WEIGHT_FILE, WEIGHT_NAME, program_sha256, sidecar_folder
 from distill.errors import PackageError
 from distill.gates import Gate
+from distill.mil.dtypes import DTYPES
+from distill.mil.program import TensorType
 from distill.versions import import_coremltools
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 _SPECIFICATIONS = {"iOS15": 6, "iOS16": 7, "iOS17": 8, "iOS18": 9}
 """Deployment target -> specification version, as coremltools writes it."""
+LARGEST_SHARE = 1.01
 _LONG = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -35,12 +39,15 @@ def contradictions(contract: Contract) -> list[str]:
     faults = []
     if contract.schema != "distill-package/1":
         faults.append(f"its schema is {contract.schema}, not that of a package")
-    length = max(contract.enumerated_T) if contract.mode == "decode" else contract.sequence()
-    checked = contract.shape_validation.get(str(length))
-    if checked is None:
-        faults.append(f"T={length} was not validated when it was exported")
-    elif checked.status == "fail" or not checked.max_abs_err <= checked.tolerance:
-        faults.append(f"T={length} failed its validation: error {checked.max_abs_err:.3g} in fp32")
+    length = max(contract.enumerated_T) if contract.mode in WITH_STATE else contract.sequence()
+    for key, what in {name: name for name in contract.functions}.items() or [(str(length), f"T={length}")]:
+        checked = contract.shape_validation.get(key)
+        if checked is None:
+            faults.append(f"{what} was not validated when it was exported")
+        elif checked.status == "fail" or checked.max_abs_err is None or checked.tolerance is None:
+            faults.append(f"{what} failed its validation: {checked.reason}")
+        elif not checked.max_abs_err <= checked.tolerance:
+            faults.append(f"{what} failed its validation: error {checked.max_abs_err:.3g} in fp32")
     return faults + [f"{what} contradicts model_config" for what in _unlike_the_model(contract, length)]
 
 
@@ -55,7 +62,7 @@ def _unlike_the_model(contract: Contract, length: int) -> list[str]:
     elif out != [1, contract.sequence(), config.vocab_size]:
         faults.append(f"output {out}")
     kv = [2 * config.num_hidden_layers, config.num_key_value_heads, length, config.head_dim]
-    if states != ([kv] if contract.mode == "decode" else []):
+    if states != ([kv] if contract.mode in WITH_STATE else []):
         faults.append(f"state {states}")
     return faults
 
@@ -92,6 +99,18 @@ def weights_gate(runner: PackageRunner) -> Gate:
     return _same_sha256(sha256_file(path), ref.sha256, "weight.bin is not the one that was converted")
 
 
+def shared_gate(runner: PackageRunner) -> Gate:
+    """The functions take their weights from the same places of weight.bin: it is no larger than one of them needs."""
+    needed = []
+    for function in runner.program.functions.values():
+        blobs = {value.key: value.type for value in function.constants.values() if value.is_blob}
+        kinds = [kind for kind in blobs.values() if isinstance(kind, TensorType)]
+        needed.append(sum((kind.count or 0) * DTYPES[kind.dtype].bits / 8 for kind in kinds))
+    share = (runner.path / WEIGHT_FILE).stat().st_size / max(needed)
+    reason = f"weight.bin against what the largest of {len(needed)} functions reads"
+    return gates.at_most(share, LARGEST_SHARE, reason=reason)
+
+
 def _same_sha256(observed: str, recorded: str, otherwise: str) -> Gate:
     same = observed == recorded
     return gates.holds(same, observed=observed[:16], threshold=recorded[:16], reason=None if same else otherwise)
@@ -123,15 +142,22 @@ def interface_gate(runner: PackageRunner) -> Gate:
 
 def interface_faults(program: Program, contract: Contract) -> list[str]:
     """Where a program's interface is not the contract's."""
-    if list(program.functions) != ["main"]:
-        return [f"the program has the functions {', '.join(sorted(program.functions))}, not main alone"]
-    wanted, found = _wanted(contract), _found(program.function())
-    faults = [
-        f"{kind} {name}: contract {wanted[kind].get(name, 'none')}, package {found[kind].get(name, 'none')}"
-        for kind in wanted
-        for name in sorted(wanted[kind].keys() | found[kind].keys())
-        if wanted[kind].get(name) != found[kind].get(name)
-    ]
+    promised: dict[str, Contract | Promised] = {**contract.functions} or {"main": contract}
+    if sorted(program.functions) != sorted(promised):
+        named = ", ".join(sorted(promised)) if contract.functions else "main alone"
+        return [f"the program has the functions {', '.join(sorted(program.functions))}, not {named}"]
+    faults = []
+    if contract.functions and program.default_function != "decode":
+        faults.append(f"the default function is {program.default_function}, not decode")
+    for function, specs in promised.items():
+        wanted, found = _wanted(specs), _found(program.function(function))
+        faults += [
+            f"{kind} {name}: contract {wanted[kind].get(name, 'none')}, package {found[kind].get(name, 'none')}"
+            + (f" in {function}" if contract.functions else "")
+            for kind in wanted
+            for name in sorted(wanted[kind].keys() | found[kind].keys())
+            if wanted[kind].get(name) != found[kind].get(name)
+        ]
     config = contract.made_by.get("config")
     target = config.get("target") if isinstance(config, dict) else None
     version = _SPECIFICATIONS.get(target) if isinstance(target, str) else None
@@ -141,7 +167,7 @@ def interface_faults(program: Program, contract: Contract) -> list[str]:
     return faults
 
 
-def _wanted(contract: Contract) -> dict[str, dict[str, str]]:
+def _wanted(contract: Contract | Promised) -> dict[str, dict[str, str]]:
     def described(specs: list[TensorSpec]) -> dict[str, str]:
         return {spec.name: f"{spec.dtype}{spec.shape}" for spec in specs}
 

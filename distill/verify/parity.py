@@ -139,10 +139,10 @@ def run_goldens(runner: PackageRunner, golden: dict[str, np.ndarray]) -> np.ndar
     return np.stack([runner.logits(row.tolist())[golden["positions"]] for row in golden["input_ids"]])
 
 
-def matrices(runner: PackageRunner) -> Iterator[tuple[str, np.ndarray]]:
+def matrices(runner: PackageRunner, function_name: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Every matrix that a convolution or a look-up takes: how it is stored, and its values as the executor gets them,
     in fp16."""
-    function = runner.program.function()
+    function = runner.program.function(function_name)
     plan = prepare(runner.program, function, make_policy("ieee16"))
     for step in plan.instructions:
         parameter = {"conv": "weight", "gather": "x"}.get(step.op.type, "")
@@ -164,10 +164,10 @@ def _stored_as(function: Function, maker: Operation | None) -> str:
     return kind if value is None else kind + value.type.dtype.lstrip("uint")
 
 
-def wrong_weights(runner: PackageRunner) -> str | None:
-    """The first matrix of the contract that the program does not hold, bit for bit and in its format."""
+def wrong_weights(runner: PackageRunner, function_name: str | None = None) -> str | None:
+    """The first matrix of the contract that the function does not hold, bit for bit and in its format."""
     found: dict[str, set[str]] = {}
-    for stored, values in matrices(runner):
+    for stored, values in matrices(runner, function_name):
         found.setdefault(hashlib.sha256(np.ascontiguousarray(values).data).hexdigest(), set()).add(stored)
     for name, weight in runner.contract.weights.items():
         if weight.sha256 not in found:
@@ -177,10 +177,12 @@ def wrong_weights(runner: PackageRunner) -> str | None:
     return None
 
 
-def wrong_embedding(runner: PackageRunner, golden: dict[str, np.ndarray]) -> str | None:
+def wrong_embedding(
+    runner: PackageRunner, golden: dict[str, np.ndarray], function_name: str | None = None
+) -> str | None:
     """What is wrong with the table that token ids look up; None if every row is the trained one, rounded to fp16."""
     config = runner.contract.model_config
-    tables = [v for _, v in matrices(runner) if v.shape == (config.vocab_size, config.hidden_size)]
+    tables = [v for _, v in matrices(runner, function_name) if v.shape == (config.vocab_size, config.hidden_size)]
     if len(tables) != 1:
         return f"{len(tables)} constants look like the embedding, expected one"
     found = embedding_check(torch.from_numpy(tables[0].astype(np.float32))).numpy().astype(np.float64)
@@ -261,25 +263,31 @@ def compare_points(
     *,
     policy: str = "fp32",
     channels_first: bool = False,
+    function: str | None = None,
 ) -> list[Point]:
-    """Run the program on `ids` and compare its named points, in program order.
+    """Run the program, of a generator one of its functions, on `ids` and compare its named points, in program order.
 
     `expected`: point -> values; with `positions`, the last axis holds only those. `channels_first`: the program holds
     (1, D, 1, S) where `expected` holds [1, S, D].
     """
     probes: dict[str, list[str]] = {}  # several modules may end in one value
-    for name, value in runner.contract.probes.items():
+    known = runner.contract.probes if function is None else runner.contract.functions[function].probes
+    for name, value in known.items():
         if name in expected:
             probes.setdefault(value, []).append(name)
-    missing = [name for name in expected if name not in runner.contract.probes]
+    missing = [name for name in expected if name not in known]
     if missing:
         raise PackageError(f"{runner.path}: its contract maps no value to {', '.join(missing)}")
-    seq = runner.contract.sequence()
+    seq = runner.contract.sequence() if function is None else runner.functions[function]
     padded = np.zeros((1, seq), np.int32)
     padded[0, : len(ids)] = ids
-    feed = {runner.contract.inputs[0].name: padded}
+    feed: dict[str, np.ndarray] = {runner.contract.inputs[0].name: padded}
+    state = None
+    if function is not None:
+        feed[runner.contract.inputs[1].name] = np.zeros(1, np.int32)
+        state = runner.program.make_state(function)
     points = []
-    for step in runner.program.trace(feed, policy=policy):
+    for step in runner.program.trace(feed, function, state, policy):
         for value, found in step.outputs.items():
             if value in probes:
                 if channels_first:

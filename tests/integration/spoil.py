@@ -25,8 +25,9 @@ _RECORD = struct.Struct("<IIQQQ")  # sentinel, dtype, bytes, offset of the data,
 class Spoilt:
     """A copy of a package and its sidecar, to be spoilt."""
 
-    def __init__(self, package: Path, folder: Path) -> None:
-        self.path = folder / package.name
+    def __init__(self, package: Path, folder: Path, entry: str = "main") -> None:
+        """`entry`: of several functions, the one to change."""
+        self.path, self.entry = folder / package.name, entry
         shutil.copytree(package, self.path)
         shutil.copytree(sidecar_folder(package), self.sidecar)
         self.model = Model_pb2.Model()
@@ -42,7 +43,7 @@ class Spoilt:
 
     @property
     def function(self) -> Any:
-        return self.model.mlProgram.functions["main"]
+        return self.model.mlProgram.functions[self.entry]
 
     @property
     def operations(self) -> Any:
@@ -72,6 +73,18 @@ class Spoilt:
         with np.errstate(over="ignore"):
             raw[start : start + size] = change(values.astype(np.float32)).astype(np.float16).tobytes()
         self.weights.write_bytes(raw)
+        return self
+
+    def detach(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Spoilt:
+        """Give this function an fp16 constant of its own, at the end of weight.bin."""
+        raw = self.weights.read_bytes()
+        value = self.operation(name).attributes["val"].blobFileValue
+        sentinel, kind, size, start, padding = _RECORD.unpack_from(raw, value.offset)
+        values = np.frombuffer(raw, np.float16, size // 2, start).astype(np.float32)
+        raw += bytes(-len(raw) % 64)
+        record = _RECORD.pack(sentinel, kind, size, len(raw) + 64, padding).ljust(64, b"\0")
+        value.offset = len(raw)
+        self.weights.write_bytes(raw + record + change(values).astype(np.float16).tobytes())
         return self
 
     def remove(self, *doomed: Any) -> Spoilt:

@@ -15,8 +15,8 @@ from distill.contract import TensorSpec, read_contract
 from distill.convert import coreml
 from distill.convert.package import save_package
 from distill.errors import DistillError
-from distill.export import pytorch
-from distill.export.twin import DecodeTwin, PrefillTwin
+from distill.export import programs
+from distill.export.twin import CachedTwin, PrefillTwin
 from distill.model import Student
 from distill.versions import import_coremltools
 from tests.conftest import Toy
@@ -54,7 +54,7 @@ def _convert(module: torch.nn.Module, example: tuple[torch.Tensor, ...], inputs:
              outputs: list[str], states: dict[str, tuple[int, ...]] | None = None) -> Any:  # fmt: skip
     ct = import_coremltools()
     return ct.convert(
-        pytorch.trace(module, example),
+        programs.trace(module, example),
         inputs=[ct.TensorType(name, shape=shape, dtype=np.int32) for name, shape in inputs.items()],
         outputs=[ct.TensorType(name, dtype=np.float16) for name in outputs],
         states=[ct.StateType(ct.TensorType(shape=s, dtype=np.float16), n) for n, s in (states or {}).items()] or None,
@@ -70,7 +70,7 @@ def _two_outputs(toy: Toy, folder: Path) -> Path:
     )
     contract = read_contract(toy.exported / "student_prefill_T64_contract.json")
     spec = contract.outputs[0]
-    probes = {name.removeprefix("twin."): value for name, value in coreml._probes(model, contract).items()}
+    probes = {name.removeprefix("twin."): value for name, value in coreml.probes(model, contract).items()}
     contract = msgspec.structs.replace(
         contract, outputs=[spec, TensorSpec("other", spec.shape, "float16")], enumerated_T=[64], probes=probes
     )
@@ -113,7 +113,7 @@ def test_a_write_at_the_wrong_position_is_seen(quick: dict[str, Path], tmp_path:
     assert verdict.code == 1 and {"state", "parity_exact"} <= set(verdict.failed())
 
 
-class _IndexPut(DecodeTwin):
+class _IndexPut(CachedTwin):
     """The write that coremltools 9.0 loses: `kv[row, :, index] = new` traces to index_put_."""
 
     def forward(self, input_ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_coremltools_drops_the_state_write_of_index_put_and_conversion_refuses_t
     types = {op.op_type for op in model._mil_program.functions["main"].operations}
     assert not types & {"slice_update", "write_state", "coreml_update_state"}
     with pytest.raises(DistillError, match="lost state writes: 0 slice updates"):
-        coreml._check_state_writes(model, contract)
+        coreml.check_state_writes(model, contract)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_the_default_package_needs_ios_18_and_an_older_one_is_made_on_request(to
 
 
 def test_all_programs_of_an_export_are_converted_the_primary_shape_as_the_model(toy: Toy, tmp_path: Path) -> None:
-    packages = worker.run(toy.exported, tmp_path)
+    packages = worker.run(toy.exported, tmp_path).packages
     assert [p.name for p in packages] == ["model.mlpackage", "decode.mlpackage", "prefill_T128.mlpackage"]
     assert [PackageRunner(p).contract.sequence() for p in packages] == [64, 1, 128]
 

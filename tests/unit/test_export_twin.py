@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.export.tolerance import fp16_gain
-from distill.export.twin import DecodeTwin, PrefillTwin, round_to_half
+from distill.export.twin import CachedTwin, PrefillTwin, round_to_half
 from distill.model import ModelConfig, RopeScaling, Student
 
 BASE: dict[str, Any] = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
@@ -66,14 +66,14 @@ def test_tokens_right_of_the_prompt_change_nothing_inside_it(student: Student) -
 @torch.no_grad()
 def test_decode_gives_the_student_s_logits_token_by_token(student: Student) -> None:
     """Up to the last place of the context."""
-    twin = DecodeTwin(student, SEQ)
+    twin = CachedTwin(student, SEQ)
     steps = [twin(ids()[:, i : i + 1], torch.tensor([i], dtype=torch.int32))[0] for i in range(SEQ)]
     assert close(torch.cat(steps)[None], student(ids().long()))
 
 
 @torch.no_grad()
 def test_what_an_earlier_conversation_left_in_the_state_is_not_seen(student: Student) -> None:
-    twin = DecodeTwin(student, SEQ)
+    twin = CachedTwin(student, SEQ)
     for i in range(SEQ):
         twin(ids()[:, i : i + 1], torch.tensor([i], dtype=torch.int32))
     steps = [twin(ids()[:, i : i + 1], torch.tensor([i], dtype=torch.int32))[0] for i in range(6)]

@@ -20,7 +20,7 @@ def teacher_extra(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"a local teacher needs {name}: pip install 'distill[teacher]' ({error})") from error
+        raise InputError(f"this needs {name}: pip install 'distill[teacher]' ({error})") from error
     if name == "transformers":
         module.utils.logging.disable_progress_bar()
     return module
