@@ -99,21 +99,13 @@ def _weights(function: Function, shapes: dict[str, Shape]) -> tuple[int, int]:
             for binding in bindings:
                 if isinstance(binding, str):
                     users.setdefault(binding, []).append((op, argument))
-    stored: dict[object, int] = {}
+    stored = {key: _bytes(value.type) for key, value in function.stored.items()}
     read: dict[object, float] = {}
     for op in function.block.walk():
-        for argument, value in _values(op):
+        for argument, value in op.held():
             if value.is_blob:
-                stored[value.key] = _bytes(value.type)
                 read[value.key] = min(1.0, read.get(value.key, 0.0) + _share(op, argument, users, shapes))
     return sum(stored.values()), math.ceil(sum(stored[key] * share for key, share in read.items()))
-
-
-def _values(op: Operation) -> Iterator[tuple[str, Value]]:
-    """The constants that an operation holds itself: compressed ones are written in place."""
-    yield from op.attributes.items()
-    for argument, bindings in op.inputs.items():
-        yield from ((argument, binding) for binding in bindings if isinstance(binding, Value))
 
 
 def _share(op: Operation, argument: str, users: Users, shapes: dict[str, Shape]) -> float:

@@ -198,6 +198,12 @@ class Operation:
     def output_name(self) -> str:
         return self.outputs[0].name if self.outputs else self.name
 
+    def held(self) -> Iterator[tuple[str, Value]]:
+        """The constants that it holds itself, by attribute or argument: compressed ones are written in place."""
+        yield from self.attributes.items()
+        for argument, bindings in self.inputs.items():
+            yield from ((argument, binding) for binding in bindings if isinstance(binding, Value))
+
 
 @dataclass(slots=True)
 class Block:
@@ -250,6 +256,11 @@ class Function:
     def constants(self) -> dict[str, Value]:
         """Every `const` of the function by name, nested blocks included."""
         return {op.output_name: op.attributes["val"] for op in self.block.walk() if op.type == "const"}
+
+    @cached_property
+    def stored(self) -> dict[Any, Value]:
+        """Every constant in weight files, each once, by where it lies."""
+        return {value.key: value for op in self.block.walk() for _, value in op.held() if value.is_blob}
 
     def constant(self, binding: Binding) -> Value | None:
         """The constant that a binding stands for; None when it is computed."""

@@ -11,7 +11,7 @@ from distill.contract import Function as Promised
 from distill.convert.package import SPEC_FILE, WEIGHT_FILE, WEIGHT_NAME, program_sha256, sidecar_folder
 from distill.errors import PackageError
 from distill.gates import Gate
-from distill.mil.dtypes import DTYPES
+from distill.mil.dtypes import packed_size
 from distill.mil.program import TensorType
 from distill.versions import import_coremltools
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _SPECIFICATIONS = {"iOS15": 6, "iOS16": 7, "iOS17": 8, "iOS18": 9}
 """Deployment target -> specification version, as coremltools writes it."""
 LARGEST_SHARE = 1.01
+_RECORD = 64
+"""Bytes of the header of weight.bin, of what precedes each of its constants, and what they are aligned to."""
 _LONG = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -103,9 +105,9 @@ def shared_gate(runner: PackageRunner) -> Gate:
     """The functions take their weights from the same places of weight.bin: it is no larger than one of them needs."""
     needed = []
     for function in runner.program.functions.values():
-        blobs = {value.key: value.type for value in function.constants.values() if value.is_blob}
-        kinds = [kind for kind in blobs.values() if isinstance(kind, TensorType)]
-        needed.append(sum((kind.count or 0) * DTYPES[kind.dtype].bits / 8 for kind in kinds))
+        kinds = [value.type for value in function.stored.values()]
+        sizes = [packed_size(kind.dtype, kind.count or 0) for kind in kinds if isinstance(kind, TensorType)]
+        needed.append(_RECORD + sum(_RECORD * (1 + -(-size // _RECORD)) for size in sizes))
     share = (runner.path / WEIGHT_FILE).stat().st_size / max(needed)
     reason = f"weight.bin against what the largest of {len(needed)} functions reads"
     return gates.at_most(share, LARGEST_SHARE, reason=reason)

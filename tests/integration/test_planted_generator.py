@@ -17,6 +17,7 @@ from distill.artifacts import sha256_file
 from distill.convert import functions
 from distill.convert.package import WEIGHT_FILE, sidecar_folder
 from distill.errors import DistillError, InputError
+from distill.formats import Formats
 from distill.mil.state import State
 from distill.verify import in_use
 from distill.verify.generator import Session
@@ -36,17 +37,21 @@ def test_a_good_package_passes_every_gate_that_this_machine_can_check(generator:
     assert "prompt of 53 as 24+24+5, then 75 steps, 0 ties" in verdict.reason("use_tokens")
 
 
-def test_two_builds_are_the_same_bytes(generator: Path, toy: Toy, tmp_path: Path) -> None:
+def test_two_builds_in_weight_formats_are_the_same_bytes_and_pass(toy: Toy, tmp_path: Path, verify: Verify) -> None:
     packages = [tmp_path / name / "toy.mlpackage" for name in "ab"]
     for package in packages:
         package.parent.mkdir()
-        config = functions.FunctionsConfig(toy.checkpoint, package, 32, (8,))
+        config = functions.FunctionsConfig(
+            toy.checkpoint, package, 32, (8,), Formats(blocks="int4/32", embedding="int8")
+        )
         functions.build(config, lambda line: None)
     a, b = (
         {str(f.relative_to(p.parent)): sha256_file(f) for f in sorted(p.parent.rglob("*")) if f.is_file()}
         for p in packages
     )
     assert a == b and len(a) == 8
+    verdict = verify(packages[0])
+    assert verdict.failed() == [] and float(verdict["weights_shared"]["observed"]) == pytest.approx(1.0, abs=0.003)
 
 
 @pytest.mark.parametrize("entry", ["decode", "prefill_8", "prefill_24"])
