@@ -8,6 +8,7 @@ a student trained in its weight formats also `formats`, and `tables`: its scales
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import warnings
@@ -156,6 +157,15 @@ def load(path: str | os.PathLike[str], *, mmap: bool = False) -> Checkpoint:
         formats,
         data.get("tables", {}),
     )
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """sha256 over a model's weights: name, dtype, shape and bytes of each, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _formats(data: dict[str, Any], student: Student, path: str | os.PathLike[str]) -> Formats | None:

@@ -24,11 +24,12 @@ from torch.nn.utils import parametrize
 
 from distill import chat, checkpoint
 from distill.artifacts import atomic_dir, provenance, require_replaceable, write_json, write_text
+from distill.checkpoint import weights_sha256
 from distill.contract import Contract, Function, TensorSpec
 from distill.errors import CheckpointError, InputError, stage_main
 from distill.export import goldens
 from distill.export.conversation import conversation
-from distill.export.deployed import deploy, matrices, parse_formats, promised, tables_of_matrices, weights_sha256
+from distill.export.deployed import deploy, matrices, parse_formats, promised, tables_of_matrices
 from distill.export.programs import Shape, file_ref, interface
 from distill.export.pytorch import DEFAULT_CHECKPOINT, MASK
 from distill.export.tolerance import fp16_gain

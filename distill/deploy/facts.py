@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 
 from distill.artifacts import read_json
-from distill.checkpoint import Checkpoint
+from distill.checkpoint import Checkpoint, weights_sha256
 from distill.contract import Contract
 from distill.data.records import read_header, sidecar
 from distill.deploy.manifest import StudentFacts, TeacherFacts
 from distill.errors import InputError
-from distill.export.deployed import deploy, weights_sha256
+from distill.export.deployed import deploy
 
 
 def student_facts(loaded: Checkpoint, sha256: str, contract: Contract, package: str) -> StudentFacts:

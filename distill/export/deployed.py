@@ -97,15 +97,6 @@ def matrices(student: Student) -> Iterator[Matrix]:
         yield Matrix(f"head_{index}.weight", head, first, last, [last - first, width, 1, 1])
 
 
-def weights_sha256(student: Student) -> str:
-    """sha256 over the weights: name, dtype, shape and bytes of each, in name order."""
-    digest = hashlib.sha256()
-    for name, value in sorted(student.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def promised(student: Student, formats: Formats | None) -> dict[str, Weight]:
     """What every package of this export holds of each matrix: its format, and the sha256 of its values in fp16."""
     parameters = dict(student.named_parameters())

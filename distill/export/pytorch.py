@@ -20,10 +20,11 @@ from torch import Tensor
 
 from distill import chat, checkpoint
 from distill.artifacts import provenance, write_json, write_text
+from distill.checkpoint import weights_sha256
 from distill.contract import Contract, FileRef, ShapeValidation, read_contract
 from distill.errors import DistillError, InputError, stage_main
 from distill.export import goldens, resume
-from distill.export.deployed import deploy, parse_formats, promised, tables_of_matrices, weights_sha256
+from distill.export.deployed import deploy, parse_formats, promised, tables_of_matrices
 from distill.export.programs import Shape, attempt, file_ref, interface, save_program
 from distill.export.prompts import evaluation_items
 from distill.export.tolerance import fp16_gain

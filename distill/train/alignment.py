@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import pretrained
+from distill.checkpoint import weights_sha256
 from distill.data.batches import Batch
 from distill.errors import ConfigError
 from distill.tokenizer import Tokenizer
 from distill.train.divergence import FORWARD_KL, Losses, linear_divergence
 from distill.train.divergences import Divergence
-from distill.train.init import weights_sha256
 
 TAU = 100.0
 """As in the paper's experiments. The larger, the more a chunk counts by its log-probability."""

@@ -8,7 +8,6 @@ import msgspec
 import torch
 
 from distill import checkpoint, pretrained
-from distill.artifacts import canonical_json, sha256_text
 from distill.errors import ConfigError
 from distill.model import Student
 from distill.tokenizer import Tokenizer, toy_tokenizer
@@ -80,19 +79,3 @@ def keep_layers(student: Student, layers: list[int]) -> Student:
         student.model.embed_tokens, student.model.norm, student.lm_head,
     )  # fmt: skip
     return small
-
-
-def weights_sha256(student: Student) -> str:
-    """Fingerprint of the weights, by name."""
-    parts = {}
-    for name, value in student.state_dict().items():
-        raw = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        parts[name] = sha256_bytes(raw.numpy().data)
-    return sha256_text(canonical_json(parts))
-
-
-def sha256_bytes(data: memoryview) -> str:
-    """Hex sha256 of bytes."""
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill import checkpoint
 from distill.artifacts import sha256_file
 from distill.data.batches import Examples, plan
 from distill.data.records import Dataset
@@ -156,7 +157,7 @@ def _first_weights(config: TrainConfig, world: World) -> tuple[init.Start, dict[
     def build() -> tuple[init.Start, str]:
         start = init.build(config)
         start.student.gradient_checkpointing = config.gradient_checkpointing
-        sha256 = init.weights_sha256(start.student)
+        sha256 = checkpoint.weights_sha256(start.student)
         if config.lora is not None:
             add_adapters(start.student, config.lora, config.seed)
         if world.size > 1:

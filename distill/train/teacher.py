@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from distill import pretrained
+from distill.checkpoint import weights_sha256
 from distill.data.batches import Batch
 from distill.errors import ConfigError
 from distill.tokenizer import Tokenizer
 from distill.train.config import TeacherSection
-from distill.train.init import weights_sha256
 from distill.train.step import precision
 from distill.train.targets import Dense, Target, sampled, top_k
 

@@ -35,6 +35,7 @@ from distill.export.goldens import random_state
 from distill.export.tolerance import relative_error, tolerance_factor
 from distill.gates import Gate
 from distill.verify.parity import exact_tolerance
+from distill.verify.runner import Cut, cut
 from distill.versions import installed
 
 BACKEND = "Core AI"
@@ -55,14 +56,6 @@ async def load():
             model.load_function(name)
 asyncio.run(load())
 """
-
-
-class Cut(NamedTuple):
-    """One call: so many tokens, from position `first` on, through a function."""
-
-    function: str
-    first: int
-    tokens: int
 
 
 class Conversation(NamedTuple):
@@ -141,23 +134,11 @@ class Asset:
 
     def converse(self, ids: np.ndarray, cuts: list[Cut]) -> Conversation:
         """Feed tokens [n] so cut, from an empty state."""
-        state = self.state()
-        parts = [self.call(c.function, ids[c.first : c.first + c.tokens], c.first, state)[: c.tokens] for c in cuts]
+        state, first, parts = self.state(), 0, []
+        for name, tokens in cuts:
+            parts.append(self.call(name, ids[first : first + tokens], first, state)[:tokens])
+            first += tokens
         return Conversation(np.concatenate(parts), state.numpy().astype(np.float32))
-
-
-def plan(first: int, count: int, context: int, sizes: dict[str, int]) -> list[Cut]:
-    """How `count` tokens from position `first` on are fed: the longest function that they fill; a rest that fills none
-    is padded to the shortest chunk if that stays inside the context, else fed token by token."""
-    cuts = []
-    while count:
-        fitting = sorted((size, name) for name, size in sizes.items() if first + size <= context)
-        filled = [pair for pair in fitting if 1 < pair[0] <= count]
-        padded = [pair for pair in fitting if pair[0] > 1]
-        size, name = filled[-1] if filled else padded[0] if padded and count > 1 else fitting[0]
-        cuts.append(Cut(name, first, min(size, count)))
-        first, count = first + cuts[-1].tokens, count - cuts[-1].tokens
-    return cuts
 
 
 def _described(value: Any) -> tuple[list[int], str]:
@@ -236,10 +217,10 @@ def run(path: Path) -> dict[str, Gate]:
         ids, sizes = golden["input_ids"][0], {name: f.tokens() for name, f in contract.functions.items()}
         context = contract.states[0].shape[2]
         for name, size in sizes.items():
-            cuts = plan(0, len(ids), context, {"decode": 1, name: size})
+            cuts = cut(0, len(ids), context, {"decode": 1, name: size})
             out[f"through_{name}"] = _parity(asset.converse(ids, cuts), contract, golden)
         p = int(golden["prompt"][0])
-        used = plan(0, p, context, sizes) + plan(p, len(ids) - p, context, {"decode": 1})
+        used = cut(0, p, context, sizes) + cut(p, len(ids) - p, context, {"decode": 1})
         found = asset.converse(ids, used)
         out["as_used"] = _parity(found, contract, golden)
         out["greedy"] = _greedy(found, contract, golden, p)

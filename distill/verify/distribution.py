@@ -25,11 +25,11 @@ from torch import Tensor
 
 from distill import checkpoint, config, gates
 from distill.artifacts import provenance, write_json
-from distill.checkpoint import Checkpoint
+from distill.checkpoint import Checkpoint, weights_sha256
 from distill.data.batches import Batch, Examples
 from distill.data.records import Dataset, sidecar
 from distill.errors import CheckpointError, InputError, Skipped, stage_main
-from distill.export.deployed import deploy, weights_sha256
+from distill.export.deployed import deploy
 from distill.formats import Formats
 from distill.gates import Gate
 from distill.model import Student

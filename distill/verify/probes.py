@@ -19,8 +19,9 @@ import torch
 
 from distill import checkpoint, gates
 from distill.artifacts import provenance, write_json
+from distill.checkpoint import weights_sha256
 from distill.errors import InputError, stage_main
-from distill.export.deployed import deploy, weights_sha256
+from distill.export.deployed import deploy
 from distill.export.goldens import ProbeRecorder
 from distill.export.tolerance import fp16_sigma, relative_error, tolerance_factor
 from distill.export.twin import PrefillTwin, round_to_half
