@@ -187,6 +187,9 @@ def _formats(data: dict[str, Any], student: Student, path: str | os.PathLike[str
             raise CheckpointError(f"{path}: tables: {name} needs fp16 {list(shape)}")
         if not bool(table.isfinite().all()):
             raise CheckpointError(f"{path}: tables: {name} has values that are not finite")
+        form = formats.of(name, weight.ndim)
+        if (form.kind == "int" and bool((table <= 0).any())) or (form.kind == "lut" and bool((table.diff() < 0).any())):
+            raise CheckpointError(f"{path}: tables: {name} has a scale that is not above 0, or a palette out of order")
     return formats
 
 

@@ -87,7 +87,7 @@ def fit_palettes(weight_RN: Tensor, entries: int, importance_RN: Tensor | None, 
         points = _counted if weight_RN.shape[1] > _SORTED else _sorted
         start = None if start_RK is None else start_RK[at].double()
         found.append(_lloyd(points(weight_RN[at].float(), importance), entries, start))
-    return torch.cat(found).half()
+    return torch.cat(found).half() + 0.0  # -0.0 would be equal to 0, with other bits
 
 
 class _Points(NamedTuple):

@@ -111,6 +111,9 @@ class Formats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             except ConfigError as error:
                 raise ValueError(f"{name}: {error}") from error
 
+    def __str__(self) -> str:
+        return f"blocks {self.blocks}, embedding {self.embedding}, head {self.head or self.embedding}"
+
     def of(self, name: str, ndim: int = 2) -> Format:
         """The format of a parameter of the student."""
         if ndim < 2:

@@ -301,25 +301,27 @@ def _notes(
     return notes
 
 
-def _of_config(path: Path) -> tuple[ModelConfig, list[int]]:
+def _of_config(path: Path) -> tuple[ModelConfig, list[int], Formats | None]:
     data = load_yaml(path)
     try:
         model = msgspec.convert(data.get("model"), ModelConfig)
         lengths = msgspec.convert((data.get("export") or {}).get("seq") or [], list[int])
+        formats = msgspec.convert((data.get("quantisation") or {}).get("formats"), Formats | None)
     except (msgspec.ValidationError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return model, lengths
+    return model, lengths, formats
 
 
-def _of_checkpoint(path: Path) -> tuple[ModelConfig, list[int]]:
-    """Its configuration: the weights are mapped, and not read."""
+def _of_checkpoint(path: Path) -> tuple[ModelConfig, list[int], Formats | None]:
+    """Its configuration, and the formats that it was trained in: the weights are mapped, and not read."""
     data = checkpoint.read(path, mmap=True)
     try:
         model = msgspec.convert(data.get("config"), ModelConfig)
+        formats = msgspec.convert(data.get("formats"), Formats | None)
     except (msgspec.ValidationError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     trained = data.get("provenance", {}).get("config", {})
-    return model, (trained.get("export") or {}).get("seq") or []
+    return model, (trained.get("export") or {}).get("seq") or [], formats
 
 
 def parser() -> argparse.ArgumentParser:
@@ -330,7 +332,12 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", type=Path, help="a trained student; its weights are not read")
     out.add_argument("--context", type=int, metavar="C", help="positions (default: the longest of export.seq)")
     out.add_argument("--prefill", type=int, nargs="+", default=[], metavar="T", help="tokens of each prefill")
-    out.add_argument("--formats", type=parse_formats, metavar="blocks=int4/32,embedding=int8", help="default: fp16")
+    out.add_argument(
+        "--formats",
+        type=parse_formats,
+        metavar="blocks=int4/32,embedding=int8",
+        help="default: those of --config or --checkpoint, else fp16",
+    )
     out.add_argument("--platform", choices=LIMITS, default="ios", help="default: ios")
     out.add_argument("--chunk-bytes", type=int, help="most of a package (default: the platform's)")
     out.add_argument("--chunk-blocks", type=int, help="most of a package (default: the platform's)")
@@ -344,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse and print."""
     args = parser().parse_args(argv)
-    config, lengths = _of_config(args.config) if args.config else _of_checkpoint(args.checkpoint)
+    config, lengths, formats = _of_config(args.config) if args.config else _of_checkpoint(args.checkpoint)
     context = args.context or max(lengths, default=0)
     prefill = tuple(args.prefill or [t for t in sorted(lengths) if t < context])
     if not 2 <= context <= config.max_position_embeddings or not all(2 <= t <= context for t in prefill):
@@ -354,8 +361,10 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--head-slice, --chunk-bytes and --chunk-blocks must be at least 1")
     base = LIMITS[args.platform]
     limits = Limits(args.chunk_bytes or base.chunk_bytes, args.chunk_blocks or base.layers)
-    found = plan(config, args.formats, context=context, prefill=prefill, platform=args.platform, limits=limits,
-                 head_slice=args.head_slice, host_embedding=args.host_embedding)  # fmt: skip
+    found = plan(
+        config, args.formats or formats, context=context, prefill=prefill, platform=args.platform, limits=limits,
+        head_slice=args.head_slice, host_embedding=args.host_embedding,
+    )  # fmt: skip
     print(found.table())
     if args.json:
         write_json(args.json, found.to_json())

@@ -59,6 +59,7 @@ def run(settings: DeployConfig, package: Path | None = None, *, allow_failed: bo
     require_bundle_or_nothing(out)
     limits = config.load(settings.limits, LimitsConfig)
     say(f"1/5 reading {source}")
+    judge.evaluation(Path(settings.evaluation), set())  # a report that is none is refused before the work
     loaded, sha256 = checkpoint.load(source), sha256_file(source)
     data = facts.data_path(loaded, settings.data)
     with atomic_dir(out) as folder:

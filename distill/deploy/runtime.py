@@ -51,10 +51,9 @@ def runtime_config(contract: Contract, package: str, tokenizer: Tokenizer, sampl
         "rope": f"in the graph: {contract.rope}",
         "limits": {
             "max_prompt_tokens": context - 1,
-            "max_new_tokens": min(sampling.max_new_tokens, context - 1),
             "at_the_end_of_the_context": "stop: the state holds no further token",
         },
-        "sampling": msgspec.to_builtins(sampling),
+        "sampling": msgspec.to_builtins(sampling) | {"max_new_tokens": min(sampling.max_new_tokens, context - 1)},
         "tokenizer": {
             "file": SIDECAR_NAMES["tokenizer"],
             "sha256": contract.tokenizer_sha256,

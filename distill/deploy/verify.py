@@ -15,6 +15,7 @@ import msgspec
 from distill import chat, config, gates
 from distill.artifacts import read_json, sha256_file
 from distill.contract import SIDECAR_NAMES
+from distill.convert.package import sidecar_folder
 from distill.deploy import judge
 from distill.deploy.card import CARD, model_card
 from distill.deploy.config import DeployConfig
@@ -55,7 +56,7 @@ def run(folder: Path, pinned: str | None = None, *, all_gates: bool = False) -> 
         raise InputError(f"{folder}: no such bundle")
     manifest, digest = read_manifest(folder, pinned)
     found: dict[str, Gate] = {}
-    faults = file_faults(folder, manifest)
+    faults = file_faults(folder, manifest) + foreign_files(manifest)
     found["files"] = gates.holds(
         not faults, observed=len(manifest.files), reason=f"{len(faults)} faults: {faults[0]}" if faults else None
     )
@@ -68,6 +69,16 @@ def run(folder: Path, pinned: str | None = None, *, all_gates: bool = False) -> 
     else:
         _look_inside(folder, manifest, found, answer, all_gates)
     return Verified(manifest, digest, found, "".join(answer))
+
+
+def foreign_files(manifest: Manifest) -> list[str]:
+    """Files that the manifest lists and no build writes."""
+    sidecar = f"{sidecar_folder(Path(manifest.package))}"
+    own = {RUNTIME, CARD, QUICKSTART, *(f"reports/{name}.json" for name in judge.REPORTS)}
+    own |= {SIDECAR_NAMES[role] for role in ("tokenizer", "chat_template")}
+    own |= {f"{sidecar}/{name}" for name in ("contract.json", *SIDECAR_NAMES.values())}
+    return [f"{path!a}: no file of a bundle" for path in manifest.files
+            if path not in own and not path.startswith(f"{manifest.package}/")]  # fmt: skip
 
 
 def _look_inside(folder: Path, manifest: Manifest, found: dict[str, Gate], answer: list[str], all_gates: bool) -> None:

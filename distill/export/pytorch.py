@@ -139,7 +139,7 @@ def _lengths(config: ExportConfig, trained: dict[str, Any], positions: int) -> t
     if len(set(chosen)) != len(chosen) or min(chosen) < 2:
         raise InputError(f"--enumerated-T {chosen}: lengths must be distinct and at least 2")
     if max(chosen) > positions:
-        raise InputError(f"--enumerated-T {chosen}: the model's max_position_embeddings is {positions}")
+        raise InputError(f"length {max(chosen)}: the model's max_position_embeddings is {positions}")
     return sorted(chosen), chosen[0] if config.seq is None else config.seq
 
 

@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     report = read_report(args.report)
     against = read_report(args.against) if args.against else None
     runs = {str(report["stage"]): report} | ({str(against["stage"]): against} if against else {})
-    print(f"held out: {report['held_out']['records']} records, {report['held_out']['target_tokens']} target tokens")
+    tokens = ", ".join(f"{n:,} of {name}" for name, n in report["held_out"]["target_tokens"].items())
+    print(f"held out: {report['held_out']['records']} records; target tokens: {tokens}")
     print(table(runs))
     result = judge(report, against)
     print(gates.table(result))

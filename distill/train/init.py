@@ -9,6 +9,7 @@ import torch
 
 from distill import checkpoint, pretrained
 from distill.errors import ConfigError
+from distill.formats import Formats
 from distill.model import Student
 from distill.tokenizer import Tokenizer, toy_tokenizer
 from distill.train.config import InitSection, TrainConfig
@@ -20,16 +21,19 @@ class Start(NamedTuple):
     student: Student
     tokenizer: Tokenizer
     lineage: list[dict[str, Any]]
+    formats: Formats | None = None
+    """Those that its checkpoint was trained in."""
 
 
 def build(config: TrainConfig) -> Start:
     """Build the student that a run starts from. ConfigError where model, weights and tokenizer do not fit together."""
     init = config.init
     lineage: list[dict[str, Any]] = []
+    formats: Formats | None = None
     tokenizer: Tokenizer | None = named_tokenizer(config)
     if path := init.trained:
         found = checkpoint.load(path)
-        student, lineage = found.student, found.lineage
+        student, lineage, formats = found.student, found.lineage, found.formats
         if tokenizer is not None and tokenizer.sha256 != found.tokenizer.sha256:
             raise ConfigError(f"tokenizer {tokenizer.source} is not the one of {path}")
         tokenizer = found.tokenizer
@@ -45,7 +49,7 @@ def build(config: TrainConfig) -> Start:
     if init.keep_layers is not None:
         student = keep_layers(student, layers_kept(init, student.config.num_hidden_layers))
     tokenizer.require_fits(student.config.vocab_size, "model")
-    return Start(student.float(), tokenizer, lineage)
+    return Start(student.float(), tokenizer, lineage, formats)
 
 
 def named_tokenizer(config: TrainConfig) -> Tokenizer | None:

@@ -62,6 +62,7 @@ def command(argv: list[str] | None, prog: str, what: str, require: Callable[[Tra
     values = report.values
     if not world.first:
         return 0
+    trained = f"loss {values['first_loss']:.4f} -> {values['loss']:.4f}" if values["steps"] else "not trained"
     print(f"{report.checkpoint}: stage {values['stage']}, {values['steps']:,} steps, {values['tokens']:,} tokens, "
-          f"loss {values['first_loss']:.4f} -> {values['loss']:.4f}")  # fmt: skip
+          f"{trained}")  # fmt: skip
     return 0

@@ -152,9 +152,9 @@ def _before(work: _Work, state: State) -> State:
     """The held-out values at the start."""
     if work.fake is not None:
         state = state._replace(unquantised=_evaluate(work._replace(fake=None), state))
-        _say_held_out(work.monitor, "in fp32", state.unquantised)
+        _say_held_out(work.monitor, "unquantised", state.unquantised)
     state = state._replace(before=_evaluate(work, state))
-    _say_held_out(work.monitor, "before", state.before)
+    _say_held_out(work.monitor, "before" if work.fake is None else "in its formats", state.before)
     return state
 
 

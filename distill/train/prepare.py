@@ -211,6 +211,9 @@ def describe(it: Run) -> str:
         f"{c.stage}: {it.start.student.config.n_params():,} parameters, {c.dtype} on {it.device}; "
         f"{len(it.train):,} sequences, {len(it.steps):,} steps"
     ]
+    if it.start.formats is not None and c.quantisation is None:
+        lines.append(f"the weights it starts from were trained in formats ({it.start.formats}); this run trains them, "
+                     "and is written, without")  # fmt: skip
     if it.world.size > 1:
         lines.append(f"{it.world.size} processes, a shard of the student each, share the micro-batches of a step")
     if c.lora is not None:
@@ -219,8 +222,10 @@ def describe(it: Run) -> str:
     if c.optimiser == "adamw8bit":
         lines.append("adamw8bit: the first step compiles, some seconds for each shape of parameter")
     if c.quantisation is not None:
-        lines.append(f"weights as deployed: {c.quantisation.formats}; scales and palettes from "
+        lines.append(f"weights as deployed: {c.quantisation.formats}; scales and palettes calibrated on "
                      f"{min(c.quantisation.calibration_records, len(it.train))} sequences")  # fmt: skip
+        if it.steps and not 0 < c.quantisation.refit_every < len(it.steps):
+            lines.append(f"scales and palettes stay as they are: refit_every is {c.quantisation.refit_every}")
     if it.teacher is not None:
         lines.append(f"kl_div: {it.teacher}")
         if c.on_policy is not None:

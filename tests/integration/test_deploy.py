@@ -218,6 +218,12 @@ def test_an_evaluation_counts_only_if_it_is_of_this_student(tmp_path: Path) -> N
     for inputs in ({"checkpoint": {"sha256": "b" * 64}}, {}, None, ["x"], {"checkpoint": own}):
         assert "stale" in verdict(made_by={"inputs": inputs})[0]
     assert "stale" in verdict()[0]
+    own_gate = {"tool_f1": {"status": "pass"}, "fresh": {"status": "pass"}}
+    assert "stale" in verdict(gates=own_gate)[0]
+    skipped = {"evaluation": {"status": "skipped", "reason": "no evaluation report"}}
+    assert verdict(gates=skipped, made_by={"inputs": {"checkpoint": {"sha256": own}}}) != []
+    with pytest.raises(InputError, match="not a report"):
+        verdict(score=float("nan"))
     for bad in ({}, {"tool_f1": "pass"}, {"tool_f1": {"status": "passed"}}, [], None):
         with pytest.raises(InputError, match="not a report"):
             verdict(gates=bad)

@@ -193,6 +193,8 @@ FORGERIES: dict[str, tuple[Change, set[str]]] = {
                     {"verdicts", "pages"}),
     "parameters": (lambda f: edit_json(f / MANIFEST, lambda m: m["student"].update(parameters=7)), {"facts", "pages"}),
     "the teacher": (lambda f: edit_json(f / MANIFEST, lambda m: m["teacher"].update(model="a better one")), {"pages"}),
+    "a file that no build writes": (lambda f: (f / "install.sh").write_text("true\n"), {"files"}),
+    "a file in the sidecar": (lambda f: (f / "toy.contract/more.json").write_text("{}"), {"files"}),
     "the licence": (lambda f: edit_json(f / MANIFEST, lambda m: m.update(licence="MIT")), {"pages"}),
 }  # fmt: skip
 

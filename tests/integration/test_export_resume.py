@@ -280,7 +280,7 @@ def test_a_full_disk_at_the_second_shape_keeps_the_first(
     export(trained[0], tmp_path / "whole")
     sizes = [(tmp_path / f"whole/student_prefill_T{t}.pt").stat().st_size for t in LENGTHS]
     capsys.readouterr()
-    with no_file_larger_than(sizes[1] - 1):
+    with no_file_larger_than((sizes[0] + sizes[1]) // 2):
         assert export(trained[0], tmp_path / "e") == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "student_prefill_T32.pt" in captured.err

@@ -58,7 +58,8 @@ def same(one, other):
 @pytest.mark.parametrize("seq", [None, 16])
 @pytest.mark.parametrize("consume", [False, True])
 def test_the_program_and_its_weights_are_those_of_coremltools_own_pass_byte_for_byte(seq, consume):
-    assert same(converted(traced(seq), False), converted(traced(seq), True, consume))
+    program = traced(seq)
+    assert same(converted(program, False), converted(program, True, consume))
 
 
 def test_an_operator_with_a_weight_beyond_fp16_stays_in_fp32_as_with_coremltools():

@@ -421,6 +421,19 @@ def test_a_weight_is_saturated_beyond_half_a_step_past_the_last_code() -> None:
     assert saturated(w, Format.parse("lut4"), torch.zeros(1, 16).half()) is None
 
 
+@pytest.mark.parametrize("name", ["lut2/16", "lut4/16", "lut6/16", "lut8/16"])
+@pytest.mark.parametrize("size", [1e-6, 1e-8, 1e-9])
+def test_values_that_fp16_cannot_tell_from_zero_give_palettes_that_are_found_again(name: str, size: float) -> None:
+    """A zero of either sign is one value: encoded again, the deployed weight is the same bits."""
+    form = Format.parse(name)
+    w = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    w[:16] *= size
+    table = fit(w, form)
+    once = deployed(w, form, table)
+    assert torch.equal(deployed(once, form, table).half().view(torch.int16), once.half().view(torch.int16))
+    assert not ((table == 0) & table.signbit()).any()
+
+
 def test_the_deployed_weight_keeps_its_type_and_is_the_decompressed_one() -> None:
     for name in NAMES:
         form, w = Format.parse(name), weight()

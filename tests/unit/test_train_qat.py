@@ -17,7 +17,7 @@ from distill.artifacts import read_json
 from distill.config import as_dict
 from distill.data.batches import Examples
 from distill.data.records import Dataset
-from distill.errors import ConfigError
+from distill.errors import CheckpointError, ConfigError
 from distill.export import pytorch as export
 from distill.export.deployed import deploy
 from distill.formats import Formats
@@ -26,6 +26,7 @@ from distill.train.config import InitSection, LoraSection, QuantisationSection, 
 from distill.train.fake_quantisation import FakeQuantised
 from distill.train.kd import load_config
 from distill.train.objective import Sums
+from distill.train.prepare import describe, prepare
 from tests.unit.train_sets import config, write_set
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs/quant_qat_int8.yaml"
@@ -81,8 +82,6 @@ def test_training_wins_back_what_two_bits_lost_and_the_checkpoint_is_what_was_ju
 
 
 def _held_out(settings: TrainConfig, student: torch.nn.Module) -> Sums:
-    from distill.train.prepare import prepare
-
     it = prepare(msgspec.structs.replace(settings, quantisation=None))
     it.start.student.load_state_dict(student.state_dict())
     return evaluation.held_out(it, [])
@@ -164,6 +163,28 @@ def test_the_formats_shape_what_is_learned(tmp_path: Path, trained: TrainConfig,
     assert found["sound"] < found["spoilt"]
 
 
+def test_tables_that_no_training_gives_are_refused(tmp_path: Path, trained: TrainConfig) -> None:
+    made = _run(_qat(trained, tmp_path, max_steps=0)).checkpoint
+    for name, spoil in (
+        ("model.embed_tokens.weight", lambda table: table.mul_(0)),
+        ("model.layers.0.mlp.up_proj.weight", lambda table: table.copy_(table.flip(1))),
+    ):
+        data = torch.load(made)
+        spoil(data["tables"][name])
+        torch.save(data, tmp_path / "forged.pt")
+        with pytest.raises(CheckpointError, match=f"tables: {name} has a scale that is not above 0, or a palette out"):
+            checkpoint.load(tmp_path / "forged.pt")
+
+
+def test_a_stage_without_formats_says_that_it_leaves_those_of_its_checkpoint(
+    tmp_path: Path, trained: TrainConfig
+) -> None:
+    made = _run(_qat(trained, tmp_path, max_steps=0)).checkpoint
+    later = _qat(trained, tmp_path, stage="later", quantisation=None, init=InitSection(checkpoint=str(made)))
+    assert "were trained in formats (blocks lut2/16, embedding int8, head int8); this run" in describe(prepare(later))
+    assert "were trained in formats" not in describe(prepare(_qat(trained, tmp_path)))
+
+
 def test_of_several_checkpoints_the_first_that_is_there_is_taken(tmp_path: Path) -> None:
     first, second = tmp_path / "proc.pt", tmp_path / "worker.pt"
     both = [str(first), str(second)]
@@ -205,7 +226,7 @@ def test_the_shipped_configuration_is_one_and_starts_from_the_stages_before(tmp_
 
 
 def test_calibration_sequences_are_spread_over_the_training_set(trained: TrainConfig, monkeypatch: Any) -> None:
-    from distill.train.prepare import fake_quantised, prepare
+    from distill.train.prepare import fake_quantised
 
     it = prepare(_qat(trained, Path("unused")))
     asked: list[list[int]] = []
