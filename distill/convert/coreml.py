@@ -148,8 +148,11 @@ def lower(
 
     `consume`: the program is of no use afterwards, its weights are freed as they are halved.
     """
+    from coremltools.converters.mil import Builder
+
     from distill.convert import compression, halving
 
+    Builder.name_count.clear()  # a conversion that failed leaves its numbers, and the next one's names would differ
     passes = ct.PassPipeline()
     halving.use(passes, program if consume else None)
     compression.append(passes, contract, folder)

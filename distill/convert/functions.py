@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distill.artifacts import provenance, require_replaceable, write_json
+from distill.artifacts import provenance, require_replaceable, require_writable, write_json
 from distill.contract import Contract, Function, ShapeValidation, TensorSpec
 from distill.convert import chunks, coreml
 from distill.convert import plan as planner
@@ -68,6 +68,7 @@ def build(config: FunctionsConfig, say: Callable[[str], None] = print) -> Contra
         raise InputError(f"--out {config.out}: a Core ML package's name ends in .mlpackage")
     require_replaceable(config.out)
     require_replaceable(sidecar_folder(config.out))
+    require_writable(config.out.parent)
     ct = import_coremltools()
     with tempfile.TemporaryDirectory(prefix="distill.package.") as name:
         source = _prepare(config, Path(name), say)

@@ -352,12 +352,12 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and print."""
     args = parser().parse_args(argv)
     config, lengths, formats = _of_config(args.config) if args.config else _of_checkpoint(args.checkpoint)
-    context = args.context or max(lengths, default=0)
+    context = max(lengths, default=0) if args.context is None else args.context
     prefill = tuple(args.prefill or [t for t in sorted(lengths) if t < context])
     if not 2 <= context <= config.max_position_embeddings or not all(2 <= t <= context for t in prefill):
         raise InputError(f"--context {context}, --prefill {list(prefill)}: at least 2, and at most the context and "
                          f"the model's {config.max_position_embeddings}")  # fmt: skip
-    if min(args.head_slice, args.chunk_bytes or 1, args.chunk_blocks or 1) < 1:
+    if min(size for size in (args.head_slice, args.chunk_bytes, args.chunk_blocks) if size is not None) < 1:
         raise InputError("--head-slice, --chunk-bytes and --chunk-blocks must be at least 1")
     base = LIMITS[args.platform]
     limits = Limits(args.chunk_bytes or base.chunk_bytes, args.chunk_blocks or base.layers)

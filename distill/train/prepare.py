@@ -112,6 +112,8 @@ def prepare(config: TrainConfig, world: World = ALONE) -> Run:
         raise ConfigError("quantisation: one process trains; a palette or a scale would lie in several shards")
     dataset = Dataset.open(config.data)
     start, first, weights_sha256 = _first_weights(config, world)
+    if config.quantisation is not None:
+        config.quantisation.formats.require_fits(start.student)
     longest = config.stages()[-1].max_length
     if longest > start.student.config.max_position_embeddings:
         raise ConfigError(

@@ -5,6 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from coremltools.converters.mil import Builder
 
 from distill.convert import halving
 from distill.convert.package import program_sha256
@@ -30,6 +31,7 @@ def traced(seq, spoil=lambda student: None):
 
 def converted(program, ours, consume=False):
     ct = import_coremltools()
+    Builder.name_count.clear()  # as distill.convert.coreml.lower does
     passes = ct.PassPipeline()
     if ours:
         halving.use(passes, program if consume else None)

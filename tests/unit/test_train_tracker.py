@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def test_a_run_that_went_on_shows_each_step_once(tmp_path: Path, data: Path, mon
         _run(settings)
     assert len(_lines(tmp_path)) == 5
     monkeypatch.undo()
+    time.sleep(1.1)  # files are read in the order of their names: those of one second by a number, 10 before 9
     assert "at step 4 of 6" in _run(settings)
     assert [event.step for event in _events(tmp_path).Scalars("train/total")] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
