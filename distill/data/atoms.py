@@ -72,7 +72,7 @@ def integrations(text: str, atoms: Sequence[Atom]) -> list[tuple[Span, Source]]:
     numbers: dict[Decimal, Source] = {}
     for value, source in atoms:
         (strings if isinstance(value, str) else numbers).setdefault(value, source)  # type: ignore[arg-type]
-    found = [(start, start + len(value), source) for value, source in strings.items() for start in _places(text, value)]
+    found = [(start, start + len(value), source) for value, source in strings.items() for start in places(text, value)]
     if numbers:
         for match in _NUMBER.finditer(text):
             if (origin := numbers.get(Decimal(match[0].replace(",", "")))) is not None:
@@ -110,7 +110,8 @@ def _value_of(leaf: Any) -> str | Decimal | None:
     return number if sum(map(str.isdigit, f"{number:f}")) >= FEWEST_DIGITS else None
 
 
-def _places(text: str, value: str) -> Iterator[int]:
+def places(text: str, value: str) -> Iterator[int]:
+    """Where `value` begins in `text` as words of its own: no word or number goes on beyond it."""
     start = text.find(value)
     while start >= 0:
         end = start + len(value)

@@ -1,108 +1,52 @@
 """report.html: what report.json says of a dataset, and some of its conversations, for people.
 
-One file that loads nothing and runs nothing. Every text in it may be hostile: all of them go through `_text`.
+One file that loads nothing and runs nothing. Every text in it may be hostile: all of them go through `markup.text`.
 """
 
 from __future__ import annotations
 
-import html
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
-from string import Template
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from distill.data.schema import Header, Record, Turn
+from distill.markup import document, more, table, text, words
 
 _STRATA, _EXAMPLES, _LEFT_OUT = 60, 5, 30  # most rows: of strata, of drops for each reason, of strata left out
 _TURN, _SAMPLE = 4_000, 10_000  # most bytes of a turn and of a conversation
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --line: #8884; --bar: #3b7dd8; --soft: #8881 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-tr + tr td { border-top: 1px solid var(--line) }
-figure { display: inline-block; margin: 0 1.5rem 1rem 0 } figcaption { font-size: .85rem }
-svg text { font: 11px sans-serif; fill: currentColor } svg rect { fill: var(--bar) }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font: 13px/1.45 ui-monospace, monospace }
-details { margin: .4rem 0 } summary { cursor: pointer }
-.turn { border-left: 3px solid var(--line); padding: .1rem .8rem; margin: .6rem 0 }
-.teacher { border-color: var(--bar); background: var(--soft) } .who { font-size: .8rem; opacity: .75 }
-bdi { overflow-wrap: anywhere }
-</style></head><body>
-$body
-</body></html>
-""")
 
 
 def page(header: Header, facts: Mapping[str, Any], samples: Sequence[Record]) -> str:
     """The page of a dataset; `facts` is what its report.json holds."""
-    title = _text(f"{header.teacher.model}, run {header.run_id}")
+    title = text(f"{header.teacher.model}, run {header.run_id}")
     parts = {
         "Strata": _strata(facts),
         "Rejected answers": _rejected(facts),
         "Tokens and cost": _spent(facts),
-        "Lengths": "".join(_histogram(_words(name), lengths) for name, lengths in facts["lengths"].items()),
+        "Lengths": "".join(_histogram(words(name), lengths) for name, lengths in facts["lengths"].items()),
         "Tool calls": _bars("records by the number of turns that call tools", facts["tool_turns"]),
         "Distributions": _distributions(facts),
         "Dropped prompts": _dropped(header, facts),
         "Conversations": "".join(_sample(record, first=place == 0) for place, record in enumerate(samples)),
     }
     body = "".join(f"<h2>{name}</h2>\n{part}\n" for name, part in parts.items())
-    return _PAGE.substitute(title=title, body=f"<h1>{title}</h1>\n{_overview(header, facts)}\n{body}")
-
-
-def _text(value: object, room: int = 300) -> str:
-    """A value as inert text, cut where it takes more than `room` bytes."""
-    whole = f"{value:f}" if isinstance(value, Decimal) else str(value)
-    text = _UNPRINTABLE.sub("\ufffd", whole[:room])
-    while len(data := html.escape(text).encode()) > room:
-        text = text[: len(text) * room // len(data)]
-    return data.decode() + (" [...]" if len(text) < len(whole) else "")
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Numbers stand on the right; None is an empty cell."""
-    number = int | float | Decimal
-    lines = [[(' class="n"' if isinstance(value, number) else "", "" if value is None else _text(value))
-              for value in row] for row in rows]  # fmt: skip
-    classes = [kind for kind, _ in lines[0]] if lines else [""] * len(heads)
-    top = "".join(f"<th{kind}>{_text(head)}</th>" for kind, head in zip(classes, heads, strict=True))
-    body = "".join("<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in line) + "</tr>\n" for line in lines)
-    return f"<table>\n<tr>{top}</tr>\n{body}</table>"
-
-
-def _more(total: int, shown: int) -> str:
-    return f"<p>{total - shown} more are not shown.</p>" if total > shown else ""
+    return document(title, f"<h1>{title}</h1>\n{_overview(header, facts)}\n{body}")
 
 
 def _overview(header: Header, facts: Mapping[str, Any]) -> str:
     counts, teacher = facts["counts"], header.teacher
     made_of = {"teacher": f"{teacher.kind} {teacher.model}, {teacher.text_engine}", "host": teacher.host}
-    rows = [(_words(name), str(value)) for name, value in (made_of | counts | header.sampling).items()
+    rows = [(words(name), str(value)) for name, value in (made_of | counts | header.sampling).items()
             if value is not None]  # fmt: skip
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _spent(facts: Mapping[str, Any]) -> str:
     rows = [(f"{name} tokens", found["sum"], found["per_record"]) for name, found in (facts["usage"] or {}).items()]
     if facts.get("cost_usd") is not None:
         rows.append(("USD, rejected answers included", facts["cost_usd"], facts["cost_usd_per_record"]))
-    out = _table(("of the records", "in all", "each"), rows) if rows else "<p>The server counted nothing.</p>"
+    out = table(("of the records", "in all", "each"), rows) if rows else "<p>The server counted nothing.</p>"
     if facts.get("cost_usd") is None:
         out += "<p>No cost: the mix has no prices.</p>"
     return out + "<p>The tokens of rejected answers are not in this table; distill kd-ledger counts them too.</p>"
@@ -112,43 +56,43 @@ def _strata(facts: Mapping[str, Any]) -> str:
     strata = facts["strata"]
     rows = [(name, found.get("quota"), found["records"], found.get("rejected"), found.get("short"))
             for name, found in list(strata.items())[:_STRATA]]  # fmt: skip
-    out = _table(("stratum", "quota", "records", "rejected", "why it is short"), rows) + _more(len(strata), _STRATA)
+    out = table(("stratum", "quota", "records", "rejected", "why it is short"), rows) + more(len(strata), _STRATA)
     left_out = list(facts.get("left_out", {}).items())
-    lines = (f"<p>{_text(name)} is left out: {_text(why)}</p>\n" for name, why in left_out[:_LEFT_OUT])
-    return out + "".join(lines) + _more(len(left_out), _LEFT_OUT)
+    lines = (f"<p>{text(name)} is left out: {text(why)}</p>\n" for name, why in left_out[:_LEFT_OUT])
+    return out + "".join(lines) + more(len(left_out), _LEFT_OUT)
 
 
 def _rejected(facts: Mapping[str, Any]) -> str:
     accepted, reasons = facts["counts"]["records"], facts.get("rejected", {})
     said = f"<p>{accepted:,} answers were accepted, {facts['counts']['rejected']:,} rejected.</p>"
-    return said + (_table(("reason", "answers"), reasons.items()) + "<p>rejects.jsonl has each.</p>" if reasons else "")
+    return said + (table(("reason", "answers"), reasons.items()) + "<p>rejects.jsonl has each.</p>" if reasons else "")
 
 
 def _distributions(facts: Mapping[str, Any]) -> str:
     stored = facts["distributions"]
     if stored is None:
         return "<p>None: the set is text only.</p>"
-    rows = [(_words(name), value) for name, value in stored.items() if name != "kl_to_exact"]
+    rows = [(words(name), value) for name, value in stored.items() if name != "kl_to_exact"]
     rows += [(f"KL(given || stored), {name}, nats", value) for name, value in stored["kl_to_exact"].items()]
     if facts.get("unaligned_logprobs"):
         rows.append(("records whose tokens are not the student's", facts["unaligned_logprobs"]))
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _dropped(header: Header, facts: Mapping[str, Any]) -> str:
     """How many prompts were not asked, and what collided with what."""
     counts, examples = facts.get("prompts_dropped", {}), facts.get("dropped_examples", [])
-    held = "".join(f"<p>Held against {_text(name)}.</p>\n" for name in list(header.decontamination)[:_LEFT_OUT])
+    held = "".join(f"<p>Held against {text(name)}.</p>\n" for name in list(header.decontamination)[:_LEFT_OUT])
     if not counts:
         return held + "<p>None.</p>"
-    out = held + _table(("stratum: reason", "prompts"), list(counts.items())[:_STRATA]) + _more(len(counts), _STRATA)
+    out = held + table(("stratum: reason", "prompts"), list(counts.items())[:_STRATA]) + more(len(counts), _STRATA)
     for reason in dict.fromkeys(drop["reason"] for drop in examples):
-        out += f"<h3>{_text(_words(reason))}</h3>\n"
+        out += f"<h3>{text(words(reason))}</h3>\n"
         for drop in [drop for drop in examples if drop["reason"] == reason][:_EXAMPLES]:
-            other = f"<br>collides with <bdi>{_text(drop['other'], 800)}</bdi>" if drop["other"] else ""
+            other = f"<br>collides with <bdi>{text(drop['other'], 800)}</bdi>" if drop["other"] else ""
             out += (
-                f"<p><bdi>{_text(drop['text'], 800)}</bdi>{other}<br>"
-                f'<span class="who">{_text(drop["stratum"])}: <bdi>{_text(drop["evidence"], 800)}</bdi></span></p>\n'
+                f"<p><bdi>{text(drop['text'], 800)}</bdi>{other}<br>"
+                f'<span class="who">{text(drop["stratum"])}: <bdi>{text(drop["evidence"], 800)}</bdi></span></p>\n'
             )
     return out
 
@@ -165,19 +109,19 @@ def _bars(caption: str, counts: Mapping[str, int]) -> str:
         height = round(high * n / most) if most else 0
         middle = place * step + step // 2
         bars += (f'<rect x="{place * step + 5}" y="{15 + high - height}" width="{step - 10}" height="{height}">'
-                 f"<title>{_text(name)}: {n}</title></rect>"
+                 f"<title>{text(name)}: {n}</title></rect>"
                  f'<text x="{middle}" y="{11 + high - height}" text-anchor="middle">{n}</text>'
-                 f'<text x="{middle}" y="{high + 30}" text-anchor="middle">{_text(name)}</text>\n')  # fmt: skip
+                 f'<text x="{middle}" y="{high + 30}" text-anchor="middle">{text(name)}</text>\n')  # fmt: skip
     width = max(1, len(counts)) * step
-    return (f'<figure><svg width="{width}" height="{high + 36}" role="img" aria-label="{_text(caption)}">\n{bars}</svg>'
-            f"<figcaption>{_text(caption)}</figcaption></figure>\n")  # fmt: skip
+    return (f'<figure><svg width="{width}" height="{high + 36}" role="img" aria-label="{text(caption)}">\n{bars}</svg>'
+            f"<figcaption>{text(caption)}</figcaption></figure>\n")  # fmt: skip
 
 
 def _sample(record: Record, *, first: bool) -> str:
     out, room = "", _SAMPLE
     if record.tools:
         names = ", ".join(str(tool.get("function", tool).get("name")) for tool in record.tools)
-        out += f'<p class="who">tools offered: {_text(names, 1000)}</p>\n'
+        out += f'<p class="who">tools offered: {text(names, 1000)}</p>\n'
     for place, turn in enumerate(record.messages):
         if room < 400:
             out += f"<p>{len(record.messages) - place} more turns are not shown.</p>\n"
@@ -186,17 +130,17 @@ def _sample(record: Record, *, first: bool) -> str:
         shown = _turn(turn, (record.reasoning if last else None) or turn.reasoning, min(room, _TURN))
         room -= len(shown.encode())
         out += shown
-    title = f'{_text(record.stratum)} <span class="who">{_text(record.id)}, {record.split}</span>'
+    title = f'{text(record.stratum)} <span class="who">{text(record.id)}, {record.split}</span>'
     return f"<details{' open' if first else ''}><summary>{title}</summary>\n{out}</details>\n"
 
 
 def _turn(turn: Turn, reasoning: str, room: int) -> str:
     """A turn with its calls; reasoning is folded."""
-    calls = _text("".join(f"{call.name} {_pretty(call.arguments)}\n" for call in turn.tool_calls), room // 3)
-    thought = _text(reasoning, room // 3)
-    content = _text(turn.content, room - len((calls + thought).encode()))
+    calls = text("".join(f"{call.name} {_pretty(call.arguments)}\n" for call in turn.tool_calls), room // 3)
+    thought = text(reasoning, room // 3)
+    content = text(turn.content, room - len((calls + thought).encode()))
     who = turn.role if turn.role == turn.origin or turn.origin == "dataset" else f"{turn.role} ({turn.origin})"
-    out = f'<div class="turn{" teacher" if turn.origin == "teacher" else ""}"><div class="who">{_text(who)}</div>\n'
+    out = f'<div class="turn{" teacher" if turn.origin == "teacher" else ""}"><div class="who">{text(who)}</div>\n'
     if thought:
         out += f"<details><summary>reasoning</summary><pre>{thought}</pre></details>\n"
     if content:

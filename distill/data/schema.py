@@ -169,7 +169,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 class Teacher(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Who answered, and which engine gave what."""
 
-    kind: Literal["toy", "endpoint", "gguf", "hf"]
+    kind: Literal["toy", "scripted", "endpoint", "gguf", "hf"]
     model: str
     text_engine: str
     logits_engine: str | None = None
@@ -183,6 +183,11 @@ class Teacher(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fi
     models_seen: tuple[str, ...] = ()
     """What the answers called their model."""
     system_fingerprints_seen: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> bool:
+        """Whether requests were sent to it: there is nothing to ask of a toy or a script."""
+        return self.kind not in ("toy", "scripted")
 
 
 class LogprobInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -113,8 +113,8 @@ def validate(path: str | Path, options: Options | None = None) -> Report:
 
 def _without_journal(path: Path, header: kd.Header) -> dict[str, str]:
     """Rules that need the journal, and why there is none."""
-    if header.teacher.kind == "toy":
-        absent = "a toy set: nothing was asked"
+    if not header.teacher.asked:
+        absent = f"a {header.teacher.kind} set: nothing was asked"
     elif not (kd.sidecar(path) / rules_files.LEDGER).exists():
         absent = f"{rules_files.LEDGER} is not beside the dataset"
     else:

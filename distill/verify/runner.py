@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from distill.artifacts import sha256_file
 from distill.contract import WITH_STATE, Contract, parse_contract, sidecar_path
 from distill.convert.package import CONTRACT_KEY, refuse_placeholder, sidecar_folder
 from distill.errors import InputError, PackageError
-from distill.mil.state import State
 from distill.tokenizer import Tokenizer
 from distill.verify.integrity import interface_faults
 
@@ -112,10 +111,17 @@ class PackageRunner:
             raise InputError(f"{self.path}: {len(ids)} tokens do not fit its {seq}")
         padded = np.full((1, seq), pad, np.int32)
         padded[0, : len(ids)] = ids
-        out = self.program.predict({self.contract.inputs[0].name: padded}, policy=self.policy)
-        return out[self.output][0, : len(ids)]
+        return self.predict({self.contract.inputs[0].name: padded})[0, : len(ids)]
 
-    def call(self, function: str, ids: Sequence[int], position: int, state: State) -> np.ndarray:
+    def predict(self, feed: Mapping[str, np.ndarray], function: str | None = None, state: Any = None) -> np.ndarray:
+        """The logits of one call of a function, or of the only one."""
+        return self.program.predict(feed, function, state, self.policy)[self.output]
+
+    def make_state(self) -> Any:
+        """What a conversation keeps: zeros."""
+        return self.program.make_state()
+
+    def call(self, function: str, ids: Sequence[int], position: int, state: Any) -> np.ndarray:
         """Logits [n, V] after each of n tokens from `position` on, which the state then holds; n may be less than the
         function takes. InputError where the call would reach beyond the context."""
         size = self.functions[function]
@@ -128,15 +134,15 @@ class PackageRunner:
         padded[0, : len(ids)] = ids
         tokens, at = (spec.name for spec in self.contract.inputs)
         feed = {tokens: padded, at: np.array([position], np.int32)}
-        return self.program.predict(feed, function, state, self.policy)[self.output][0, : len(ids)]
+        return self.predict(feed, function, state)[0, : len(ids)]
 
     def begin(self) -> Conversation:
         """A new conversation, with a state of its own."""
         return Conversation(self)
 
-    def steps(self, ids: Sequence[int], state: State | None = None) -> Iterator[np.ndarray]:
+    def steps(self, ids: Sequence[int], state: Any = None) -> Iterator[np.ndarray]:
         """Logits [V] of a package with a state after each token, fed one by one."""
-        state = state if state is not None else self.program.make_state()
+        state = state if state is not None else self.make_state()
         single = next(name for name, size in self.functions.items() if size == 1)
         for position, token in enumerate(ids):
             yield self.call(single, [token], position, state)[0]
@@ -172,7 +178,7 @@ class Conversation:
 
     def __init__(self, runner: PackageRunner) -> None:
         self.runner = runner
-        self.state = runner.program.make_state()
+        self.state = runner.make_state()
         self.position = 0
 
     def feed(self, ids: Sequence[int], cuts: Sequence[Cut] | None = None) -> np.ndarray:

@@ -63,8 +63,8 @@ _TOOL_SYSTEMS = (
     "You work for a busy person. It is {day}. Use the tools you have, and answer briefly.",
     "You are an assistant on a phone. The date is {day}. If a tool fails, say so.",
 )
-_WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
            "December")  # fmt: skip
 _SLOT = re.compile(r"\{(\w+)\}")
 _TIRED = 2000  # draws in a row that give nothing new: there is nothing new
@@ -180,54 +180,64 @@ def _tool_error(draw: Draw) -> Prompt:
 
 
 def _single(stratum: str, draw: Draw, fault: Fault) -> Prompt:
-    scene = _Scene(draw)
+    scene = Scene(draw)
     name = draw.choice(tuple(requests.REQUESTS))
     phrase = scene.filled(draw.choice(requests.REQUESTS[name]))
-    return scene.prompt(stratum, (name,), _framed(draw.choice(requests.SINGLE), [phrase]), expect="call", fault=fault)
+    return scene.prompt(stratum, (name,), framed(draw.choice(requests.SINGLE), [phrase]), expect="call", fault=fault)
 
 
 def _tool_parallel(draw: Draw) -> Prompt:
-    scene = _Scene(draw)
+    scene = Scene(draw)
     if draw.chance(0.3):
         case = draw.choice(requests.SAME)
         return scene.prompt("tool_parallel", case.tools, scene.filled(case.text), expect="call")
     names = draw.sample(tuple(requests.REQUESTS), draw.between(2, 3))
     phrases = [scene.filled(draw.choice(requests.REQUESTS[name])) for name in names]
     form = draw.choice(requests.PARALLEL if len(names) == 2 else requests.TRIPLE)
-    return scene.prompt("tool_parallel", tuple(names), _framed(form, phrases), expect="call")
+    return scene.prompt("tool_parallel", tuple(names), framed(form, phrases), expect="call")
 
 
 def _tool_chain(draw: Draw) -> Prompt:
-    scene, case = _Scene(draw), draw.choice(requests.CHAINS)
+    scene, case = Scene(draw), draw.choice(requests.CHAINS)
     return scene.prompt(
         "tool_chain", case.tools, draw.choice(requests.OPENINGS) + scene.filled(case.text), expect="call"
     )
 
 
 def _tool_control(draw: Draw) -> Prompt:
-    scene, case = _Scene(draw), draw.choice(requests.CONTROLS)
+    scene, case = Scene(draw), draw.choice(requests.CONTROLS)
     text = draw.choice(requests.OPENINGS) + scene.filled(case.text)
     return scene.prompt("tool_control", case.tools, text, expect="no_call")
 
 
-class _Scene:
+class Scene:
     """A day on which somebody asks for something: `tomorrow` has to mean a date."""
 
     def __init__(self, draw: Draw) -> None:
         self._draw = draw
-        self._today = self._latest = datetime.date(2026, 1, 1) + datetime.timedelta(days=draw.below(730))
+        self.today = self._latest = datetime.date(2026, 1, 1) + datetime.timedelta(days=draw.below(730))
         self._used: dict[str, set[str]] = {}
 
     def filled(self, text: str) -> str:
         """Each place filled with a value of its kind that the scene does not have yet."""
-        return _SLOT.sub(lambda match: self._value(match.group(1)), text)
+        return self.fill(text)[0]
+
+    def fill(self, text: str) -> tuple[str, dict[str, list[str]]]:
+        """The same, and what it was filled with: the values of each kind in their order."""
+        values: dict[str, list[str]] = {}
+
+        def one(match: re.Match[str]) -> str:
+            values.setdefault(match[1], []).append(self._value(match[1]))
+            return values[match[1]][-1]
+
+        return _SLOT.sub(one, text), values
 
     def prompt(self, stratum: str, needed: tuple[str, ...], text: str, *, expect: Expect, fault: Fault = "") -> Prompt:
         """The request with the tools that it needs, or that tempt, and two to four others."""
         others = [name for name in BY_NAME if name not in needed]
         offered = self._draw.shuffle([*needed, *self._draw.sample(others, self._draw.between(2, 4))])
         system = self._draw.choice(_TOOL_SYSTEMS).format(
-            day=f"{_WEEKDAYS[self._today.weekday()]}, {self._today.isoformat()}"
+            day=f"{WEEKDAYS[self.today.weekday()]}, {self.today.isoformat()}"
         )
         tools = [BY_NAME[name].offer for name in offered]
         return make_prompt(stratum, _messages(system, text), tools, expect=expect, fault=fault)
@@ -237,7 +247,7 @@ class _Scene:
             self._latest += datetime.timedelta(days=self._draw.between(2, 150))
             return _written(self._latest)
         if slot == "past":
-            return _written(self._today - datetime.timedelta(days=self._draw.between(1, 120)))
+            return _written(self.today - datetime.timedelta(days=self._draw.between(1, 120)))
         options, taken = requests.SLOTS[slot], self._used.setdefault(slot, set())
         for _ in range(50):
             found = options(self._draw) if callable(options) else self._draw.choice(options)
@@ -248,10 +258,10 @@ class _Scene:
 
 
 def _written(day: datetime.date) -> str:
-    return f"{day.day} {_MONTHS[day.month - 1]} {day.year}"
+    return f"{day.day} {MONTHS[day.month - 1]} {day.year}"
 
 
-def _framed(form: str, phrases: Sequence[str]) -> str:
+def framed(form: str, phrases: Sequence[str]) -> str:
     """A frame's {a}, {b}, {c} filled with phrases; {A} with a capital."""
     text = form
     for letter, phrase in zip("abc", phrases, strict=False):

@@ -99,7 +99,7 @@ _REJECT = msgspec.json.Decoder(Reject)
 
 def read_rejects(path: Path, header: kd.Header) -> Rejects:
     """Every reject has an id of its own, a stratum that has a quota, a reason of the list, and what it cost."""
-    priced, generated = prices_of(header) is not None, header.teacher.kind != "toy"
+    priced, generated = prices_of(header) is not None, header.teacher.asked
     found = Rejects(0, None, [], [])
     seen: set[str] = set()
     if not path.is_file():
@@ -156,7 +156,7 @@ def _reject_problems(reject: Reject, seen: Container[str], strata: Container[str
 def cost_problems(path: Path, header: kd.Header, accepted: Decimal | None, rejected: Decimal | None) -> Iterator[str]:
     """Costs are exact: the records' and the rejects' sum to the header's, and the ledger has paid as much."""
     parts = [cost for cost in (accepted, rejected) if cost is not None]
-    if header.teacher.kind != "toy" and (prices_of(header) is not None) != (header.cost_usd is not None):
+    if header.teacher.asked and (prices_of(header) is not None) != (header.cost_usd is not None):
         yield "the configuration has prices and the header no cost, or the other way round"
     if header.cost_usd is None:
         if parts:

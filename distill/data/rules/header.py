@@ -18,6 +18,7 @@ from distill.data.mix_config import OPERATIONAL, MixConfig
 from distill.data.prompts.contamination import labels_of
 from distill.data.rules.whole import Whole
 from distill.data.schema import Header, LogprobInfo, Teacher, run_id_of
+from distill.data.scripted import make as scripted
 from distill.data.teacher.probe import Capabilities
 from distill.data.teacher.spec import Sampling
 from distill.errors import InputError
@@ -56,7 +57,8 @@ def header_problems(header: Header, tokenizer: Tokenizer | None) -> Iterator[str
         yield "tokenizer_sha256 is not that of tokenizer.json"
     if header.text_only != (header.logprobs is None):
         yield "text_only is not what logprobs says"
-    yield from toy_problems(header) if header.teacher.kind == "toy" else _mix_problems(header)
+    problems = {"toy": toy_problems, "scripted": scripted_problems}.get(header.teacher.kind, _mix_problems)
+    yield from problems(header)
 
 
 def _teacher_problems(header: Header) -> Iterator[str]:
@@ -83,6 +85,21 @@ def toy_problems(header: Header) -> Iterator[str]:
             yield f"{name} is not that of a toy set"
     if header.counts.get("records") != config["n"]:
         yield f"a toy set of {str(config['n'])[:40]} has other counts"
+
+
+def scripted_problems(header: Header) -> Iterator[str]:
+    """Of a scripted set: it is what distill/data/scripted/make.py makes, whatever the tokenizer."""
+    config = header.config
+    numbers = [config.get(name) for name in ("n", "seed")]
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    if set(config) != {"n", "seed", "val_share"} or not whole or not 1 <= config["n"] <= MOST_RECORDS:
+        yield "config is not that of a scripted set"
+        return
+    made = scripted.header_of(config["n"], config["seed"])
+    given = {"prompts_sha256", "tools_sha256", "created_by", "counts", "files", "tokenizer_sha256", "run_id"}
+    for name in header.__struct_fields__:
+        if name not in given and getattr(header, name) != getattr(made, name):
+            yield f"{name} is not that of a scripted set"
 
 
 def _stated(value: Any) -> Any:
@@ -169,8 +186,8 @@ def identity_of(header: Header) -> Teacher:
 
 
 def protocol_of(header: Header) -> Protocol | None:
-    """How the teacher was asked; None of a toy set, and where the header does not say."""
-    if header.teacher.kind == "toy":
+    """How the teacher was asked; None where nothing was, and where the header does not say."""
+    if not header.teacher.asked:
         return None
     mix, can = mix_of(header), capabilities_of(header)
     sampling = _converted(header.sampling, Sampling, "sampling")

@@ -48,8 +48,8 @@ class Unknown(Exception):
 def prompts_of(header: Header) -> PromptStream:
     """The prompts of a header's configuration, from their beginning."""
     mix, can, protocol = mix_of(header), capabilities_of(header), protocol_of(header)
-    if header.teacher.kind == "toy":
-        raise Unknown("a toy set: no prompts were drawn from a mix")
+    if not header.teacher.asked:
+        raise Unknown(f"a {header.teacher.kind} set: no prompts were drawn from a mix")
     if isinstance(mix, str) or can is None or protocol is None:
         raise Unknown("the header does not say what was asked: see `header`")
     if mix.sources or mix.tools or mix.fixtures:

@@ -258,12 +258,13 @@ def _provenance(view: View) -> Iterator[str]:
     record, stated = view.record, view.record.provenance
     results = [turn for turn in record.messages if turn.role == "tool" and turn.origin == "broker"]
     if stated is None:
-        if results or view.context.header.teacher.kind != "toy":
+        if results or view.context.header.teacher.asked:
             yield "provenance is missing"
         return
+    asked = len(view.teachers) if view.context.header.teacher.kind != "scripted" else 0
     counts = {
-        "request_sha256": len(view.teachers),
-        "response_sha256": len(view.teachers),
+        "request_sha256": asked,
+        "response_sha256": asked,
         "fixture_sha256": len(results),
     }
     for name, n in counts.items():
@@ -277,7 +278,7 @@ def _provenance(view: View) -> Iterator[str]:
         if fixture_sha256(call, turn.content) != digest:
             yield f"fixture {number}, of {call.name}, is not the result that its hash names"
     last = record.messages[-1]
-    if not last.tool_calls:  # of calls, the record has the values and not the strings
+    if asked and not last.tool_calls:  # of calls, the record has the values and not the strings
         said = Reply(last.content, record.reasoning, (), last.finish_reason, None, "", "", None)
         if reply_sha256(said) != stated.response_sha256[-1]:
             yield "the last turn is not the answer that its hash names"

@@ -103,7 +103,7 @@ def report_problems(
     except (ValueError, OverflowError) as error:
         yield "header", f"cannot be made again: {error}"
         return
-    generated = header.teacher.kind != "toy"
+    generated = header.teacher.asked
     free = set(Prompts._fields) - {"short"} if generated else set()
     for name in sorted((set(report.facts) | set(made)) - free):
         if name == "strata" and generated:
@@ -128,7 +128,7 @@ def _facts(path: Path, header: Header, whole: Whole, rejects: Rejects) -> dict[s
     if header.logprobs is not None and stored:
         tokens = header.counts.get("completion_tokens", 0)
         facts["distributions"] = stored_facts(header.logprobs, tokens, store.stat().st_size)
-    if header.teacher.kind == "toy":
+    if not header.teacher.asked:
         return facts
     return facts | _costs(header, whole) | {
         "rejected": dict(sorted(rejects.reasons.items())),
@@ -169,7 +169,7 @@ def page_problems(path: Path, report: Report, header: Header, whole: Whole, *, s
     text = raw.decode(errors="replace")
     if kind := secrets.secret_in(text) or secrets.secret_in(html.unescape(text)):
         yield "secrets", f"holds what looks like a secret ({kind})"
-    if not same or whole.facts is None or (header.teacher.kind != "toy" and report.prompts is None):
+    if not same or whole.facts is None or (header.teacher.asked and report.prompts is None):
         return
     facts = report.facts | {name: value for name, value in _costs(header, whole).items() if name in report.facts}
     if page(header, facts, whole.facts.samples).encode() != raw:

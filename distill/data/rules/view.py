@@ -41,7 +41,7 @@ class Context(NamedTuple):
     @property
     def generated(self) -> bool:
         """Whether a teacher was asked."""
-        return self.header.teacher.kind != "toy"
+        return self.header.teacher.asked
 
 
 class View:

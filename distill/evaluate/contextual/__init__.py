@@ -1,0 +1,1 @@
+"""The contextual set: seeded scenarios of every kind, with gold calls, typed facts, fixtures and a right answer."""
