@@ -26,9 +26,10 @@ from distill.errors import InputError, stage_main
 from distill.evaluate import results
 from distill.evaluate.compare_page import page
 from distill.evaluate.criteria import CRITERIA
+from distill.evaluate.metrics import METRICS, Sampled, interval, resampled, sampled
 from distill.evaluate.report import Played, play_back
 from distill.evaluate.results import RunHeader
-from distill.evaluate.scoring import METRICS, Sampled, Score, interval, resampled, sampled
+from distill.evaluate.scoring import Score
 from distill.evaluate.sets import EvaluationSet, load
 from distill.gates import Gate
 

@@ -15,7 +15,8 @@ import msgspec
 
 from distill.config import build, load_yaml
 from distill.evaluate.episode import Limits
-from distill.evaluate.scoring import Metric, Score
+from distill.evaluate.metrics import Metric
+from distill.evaluate.scoring import Score
 from distill.gates import Status
 
 Tier = Literal["tier_1", "tier_2", "tier_3"]

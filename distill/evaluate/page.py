@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distill.evaluate import charts, page_episode
+from distill.evaluate.metrics import COUNTED
 from distill.evaluate.page_episode import badge, episode_html, value
 from distill.evaluate.report import Played
-from distill.evaluate.scoring import COUNTED
 from distill.evaluate.sets import EvaluationSet
 from distill.markup import Markup, document, more, table, text, words
 

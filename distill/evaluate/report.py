@@ -18,8 +18,9 @@ from distill.evaluate.criteria import EvalGate, EvaluationConfig, describe, judg
 from distill.evaluate.episode import Episode, Limits, replay
 from distill.evaluate.fixtures import EpisodeBroker, Mode
 from distill.evaluate.items import FixtureRow, Item
+from distill.evaluate.metrics import Metric, by_kind, metrics
 from distill.evaluate.results import RunHeader
-from distill.evaluate.scoring import Metric, Score, by_kind, metrics, score
+from distill.evaluate.scoring import Score, score
 from distill.evaluate.selftest import Check, chosen, passed
 from distill.evaluate.selftest import to_json as checks_to_json
 from distill.evaluate.sets import EvaluationSet, counts
@@ -31,7 +32,7 @@ _DIGITS = 9
 
 
 _PARTS = ("items", "matching", "fixtures", "sets", "episode", "atoms", "locales", "claims", "grounding", "privacy",
-          "answers", "scoring", "criteria")  # fmt: skip
+          "answers", "scoring", "metrics", "criteria")  # fmt: skip
 _SCORER = ("chat.py", "tools.py", "broker.py", "data/atoms.py", "data/rules/secrets.py",
            *(f"evaluate/{name}.py" for name in _PARTS))  # fmt: skip
 

@@ -15,8 +15,9 @@ from distill.evaluate.criteria import Criterion, EvaluationConfig, judge
 from distill.evaluate.episode import Limits, play
 from distill.evaluate.fixtures import EpisodeBroker
 from distill.evaluate.items import Item
+from distill.evaluate.metrics import metrics
 from distill.evaluate.policies import CHEATS, Position, oracle, reply
-from distill.evaluate.scoring import Score, metrics, score
+from distill.evaluate.scoring import Score, score
 from distill.evaluate.sets import EvaluationSet
 
 MOST_NAMED = 10

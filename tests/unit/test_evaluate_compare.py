@@ -15,8 +15,9 @@ from scipy.stats import binomtest
 
 from distill.artifacts import read_json
 from distill.evaluate import compare
+from distill.evaluate.metrics import METRICS, metrics
 from distill.evaluate.policies import CHEATS, Position, empty, never_call, oracle, wrong_args
-from distill.evaluate.scoring import METRICS, Grounded, Score, metrics
+from distill.evaluate.scoring import Grounded, Score
 from distill.evaluate.sets import EvaluationSet
 from tests.unit.evaluation_sets import Say, write_run, write_set
 
