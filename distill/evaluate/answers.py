@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
+from distill.data.atoms import places
 from distill.evaluate.atoms import Atom, atoms_in
 from distill.evaluate.episode import Episode
 from distill.evaluate.fixtures import ANSWERED
 from distill.evaluate.grounding import Evidence, Present, fact_in, pointer
-from distill.evaluate.items import Fact
+from distill.evaluate.items import Fact, Item
 from distill.evaluate.matching import Matched, json_equal, match
 
 
@@ -43,6 +44,12 @@ def matched_calls(episode: Episode) -> Matched:
     functions = {tool["name"]: tool for tool in episode.item.tools}
     readable = [(one.call, functions.get(one.call.name)) for one in episode.calls if one.call is not None]
     return match(episode.item.calls, readable, len(episode.calls) - len(readable))
+
+
+def owns_up(item: Item, final: str) -> bool:
+    """Whether the answer holds one of the texts that the item wants (Item.must_say)."""
+    text = final.casefold().replace("\u2019", "'")
+    return not item.must_say or any(next(places(text, one.casefold()), None) is not None for one in item.must_say)
 
 
 def evidence_of(episode: Episode) -> Evidence:

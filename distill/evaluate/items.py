@@ -133,6 +133,9 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
     """Texts that a wrong answer would hold, such as the other values of an enum: said, they must be grounded."""
     derived: tuple[str, ...] = ()
     """Values that follow from results without standing in them, such as a sum: grounded wherever they are said."""
+    must_say: tuple[str, ...] = ()
+    """An answer without facts has to own up to that: it holds one of these texts, in any case, at the edges of words,
+    such as `could not`, or `?` where it should ask back. Empty: nothing in particular."""
     answer: str
     """A right final answer: the oracle's."""
     secrets: tuple[Secret, ...] = ()

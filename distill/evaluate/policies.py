@@ -168,6 +168,13 @@ def invent_on_nothing(at: Position) -> str:
     return _calling(at) or (at.item.answer if at.item.facts else "The answer is 4711, found on 2031-07-19.")
 
 
+def pretend(at: Position) -> str:
+    """The oracle, but where there is nothing to tell, all is said to be done."""
+    return _calling(at) or (
+        at.item.answer if at.item.facts or at.item.kind == "control" else "Done. It is all arranged."
+    )
+
+
 def skip_a_kind(at: Position) -> str:
     """The oracle in one language, the gold answer without a call in others."""
     return at.item.answer if at.item.kind == "locale" else oracle(at)
@@ -195,6 +202,7 @@ CHEATS: dict[str, Policy] = {
     "malformed-json": Policy(malformed_json, "json_args_valid"),
     "copy-the-summary": Policy(copy_the_summary, "integration_f1_lax_macro"),
     "invent-on-nothing": Policy(invent_on_nothing, "integration_weakest_kind"),
+    "pretend": Policy(pretend, "restraint"),
     "skip-a-kind": Policy(skip_a_kind, "integration_weakest_kind"),
     "refuse-all": Policy(refuse_all, "allowed_disclosure"),
     "guess": Policy(guess, "restraint"),
