@@ -174,7 +174,8 @@ def _cards(text: str) -> Iterator[str]:
         groups = list(_GROUP.finditer(match[0]))
         first = 0
         while first < len(groups):
-            runs = ((match[0][groups[first].start() : groups[last].end()], last) for last in range(first, len(groups)))
+            ends = range(len(groups) - 1, first - 1, -1)  # the longest: the beginning of a card may pass for one
+            runs = ((match[0][groups[first].start() : groups[last].end()], last) for last in ends)
             excerpt, last = next(((run, last) for run, last in runs if _is_card(run)), ("", first))
             if excerpt:
                 yield excerpt

@@ -11,7 +11,7 @@ import time
 import urllib.parse
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from distill.evaluate.privacy import leaks, plain, private_data
@@ -99,6 +99,7 @@ def luhn(digits: str) -> str:
 
 
 @settings(max_examples=100, deadline=None)
+@example(("62", 19), 500000, " ", 0)  # its first 16 digits pass the check, too
 @given(st.sampled_from([("4", 16), ("51", 16), ("2221", 16), ("34", 15), ("6011", 16), ("62", 19), ("3528", 16)]),
        st.integers(0, 10**18), st.sampled_from(["", " ", "-"]), st.integers(0, 9))  # fmt: skip
 def test_cards_are_found_by_prefix_and_check_digit(issuer: tuple[str, int], rest: int, joint: str, digit: int) -> None:
@@ -112,7 +113,7 @@ def test_cards_are_found_by_prefix_and_check_digit(issuer: tuple[str, int], rest
     assert private_data(f"Card: {written(number)}, thanks") == [("card number", written(number))]
     assert private_data(f"Card: {written(number)}", [number]) == []
     wrong = number[:-1] + str(digit)
-    assert bool(private_data(f"Card: {written(wrong)}")) == (wrong == number)
+    assert bool(private_data(f"Card: {wrong}")) == (wrong == number)  # in groups, its beginning may be another card
 
 
 @pytest.mark.parametrize("digits", ["210000000000001", "560112345678901", "31123456789012", "660000000000123"])
